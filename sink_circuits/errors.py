@@ -1,0 +1,21 @@
+"""The package's own errors: each message is one sentence with the value, the limit and the remedy."""
+
+
+class SinkCircuitsError(ValueError):
+    """Base of all errors that a user's input can cause; the command line prints it alone and exits with 2."""
+
+
+class ModelError(SinkCircuitsError):
+    """A model that cannot be loaded, or whose hooks do not mean what the method needs."""
+
+
+class InputError(SinkCircuitsError):
+    """Tokens, positions, layers, factors or thresholds out of range."""
+
+
+class CacheError(SinkCircuitsError):
+    """A user's `clean_cache` lacks hooks, or belongs to another text."""
+
+
+class ResultError(SinkCircuitsError):
+    """A result file that cannot be written or read."""

@@ -1,0 +1,413 @@
+"""Models: loading by name, path or object, one thin adapter over the two TransformerLens classes, checks at load."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sink_circuits.attention import AttentionForm
+from sink_circuits.errors import ModelError
+from sink_circuits.twin import Twin, TwinRefused, fingerprint
+
+CHECK_TOKENS = 24
+"""Tokens of the text on which a model is checked: long enough for every block to mix positions, short enough to cost nothing."""
+
+TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+"""Largest relative error a check accepts: about 20 times what was measured on SmolLM2, Gemma 3 and small random models."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a model on itself: what was compared, the error found and the largest one accepted."""
+
+    name: str
+    error: float
+    limit: float
+    remedy: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the rest of the package knows of a model. Made by `adapt`, kept on the model itself.
+
+    `twin` is the fast path, or None with the reason in `twin_refusal`. `processed` names the weight processing that
+    was found (folded norms, centred writing weights); residuals then differ from the published ones.
+    """
+
+    model: nn.Module
+    backend: str
+    twin: Twin | None
+    twin_refusal: str
+    processed: tuple[str, ...]
+    parallel: bool
+    forms: tuple[AttentionForm, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def cfg(self):
+        return self.model.cfg
+
+    @property
+    def n_layers(self) -> int:
+        return self.cfg.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.cfg.n_heads
+
+    @property
+    def n_ctx(self) -> int:
+        return self.cfg.n_ctx
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each layer: a query sees a key when `query - key < window`; None sees all."""
+        return tuple(form.window for form in self.forms)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def tokenizer(self):
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.cfg, "model_name", type(self.model).__name__))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Twelve hex digits over samples of every parameter: tells two checkpoints of one name apart."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def base_hooks(self, layer: int) -> tuple[str, ...]:
+        """Hooks whose sum is the base of block `layer`, what its MLP's contribution is added to."""
+        if self.parallel:
+            return (f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_attn_out")
+        return (f"blocks.{layer}.hook_resid_mid",)
+
+    def contribution_hook(self, layer: int) -> str:
+        return f"blocks.{layer}.hook_mlp_out"
+
+    def pattern_hook(self, layer: int) -> str:
+        return f"blocks.{layer}.attn.hook_pattern"
+
+    def has_user_hooks(self) -> bool:
+        """True when hooks of the user's stand on the model: the twin would not run them."""
+        return any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values())
+
+
+def adapt(model) -> Adapter:
+    """The adapter of a HookedTransformer or TransformerBridge; made once, and again when its weights have changed.
+
+    Raises ModelError, naming the failed check and the remedy, for a model whose hooks do not mean what they should.
+    """
+    adapter = model.__dict__.get("_sink_circuits_adapter") if isinstance(model, nn.Module) else None
+    if adapter is not None and adapter[0] == fingerprint(model):
+        return adapter[1]
+    made = _make_adapter(model)
+    model.__dict__["_sink_circuits_adapter"] = (fingerprint(model), made)
+    return made
+
+
+def _make_adapter(model) -> Adapter:
+    backend = backend_of(model)
+    for layer in (0, model.cfg.n_layers - 1):
+        for name in ("hook_mlp_out", "hook_resid_post", "attn.hook_pattern"):
+            if f"blocks.{layer}.{name}" not in model.hook_dict:
+                raise ModelError(
+                    f"blocks.{layer}.{name} is not a hook of this model: sink_circuits needs decoder blocks with "
+                    f"attention patterns and MLP outputs; see the table of supported architectures."
+                )
+    processed = find_processing(model, backend)
+    parallel = f"blocks.0.hook_resid_mid" not in model.hook_dict or bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    twin, refusal = None, ""
+    if backend == "hooked":
+        refusal = "HookedTransformer has no Hugging Face module behind it"
+    elif processed:
+        refusal = f"the weights were processed ({', '.join(processed)})"
+    else:
+        try:
+            twin = Twin.of_bridge(model)
+        except TwinRefused as error:
+            refusal = str(error)
+    draft = Adapter(model, backend, twin, refusal, processed, parallel, (), ())
+    reference = _reference_pass(draft)
+    checks = _check_reference(draft, reference)
+    for check in checks:
+        if not check.passed:
+            raise ModelError(
+                f"check {check.name!r} failed: error {check.error:.2g}, at most {check.limit:.2g} is accepted; {check.remedy}"
+            )
+    forms: tuple[AttentionForm, ...] = ()
+    if twin is not None:
+        try:
+            forms, twin_checks = _check_twin(draft, reference)
+            checks = (*checks, *twin_checks)
+            failed = [c for c in twin_checks if not c.passed]
+            if failed:
+                twin, refusal = None, f"{failed[0].name}: error {failed[0].error:.2g} above {failed[0].limit:.2g}"
+        except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+            twin, refusal = None, f"{type(error).__name__}: {error}"
+    if not forms:
+        forms = tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers))
+    return Adapter(model, backend, twin, refusal, processed, parallel, forms, tuple(checks))
+
+
+def backend_of(model) -> str:
+    """'bridge' or 'hooked'; raises ModelError for anything else."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "TransformerBridge" in names:
+        return "bridge"
+    if "HookedTransformer" in names:
+        return "hooked"
+    raise ModelError(
+        f"a {type(model).__name__} is neither a TransformerBridge nor a HookedTransformer: wrap a Hugging Face model "
+        "with sink_circuits.load_model(hf_model, tokenizer=...)."
+    )
+
+
+def find_processing(model, backend: str) -> tuple[str, ...]:
+    """Which of TransformerLens' weight processing the model has been through, as far as it can be told.
+
+    Folded norms leave no scale in the norm (or the class ...Pre); centred writing weights leave rows of mean zero.
+    """
+    found = []
+    if backend == "bridge":
+        if getattr(model, "compatibility_mode", False) or getattr(model.cfg, "layer_norm_folding", False):
+            found.append("compatibility mode")
+        return tuple(found)
+    if str(model.cfg.normalization_type).endswith("Pre"):
+        found.append("folded norms")
+    embed = model.W_E
+    if embed.float().mean(-1).abs().max() < 1e-5 * embed.float().abs().mean():
+        found.append("centred writing weights")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    tokens: Tensor
+    resid_post: list[Tensor]
+    base: list[Tensor]
+    contribution: list[Tensor]
+    pattern: list[Tensor]
+    logits: Tensor
+
+
+def _check_text(model) -> Tensor:
+    generator = torch.Generator().manual_seed(int.from_bytes(b"sink_circuits check text"[:7], "big"))
+    length = min(CHECK_TOKENS, model.cfg.n_ctx)
+    return torch.randint(0, model.cfg.d_vocab, (length,), generator=generator)
+
+
+@torch.no_grad()
+def _reference_pass(adapter: Adapter) -> _Reference:
+    model = adapter.model
+    tokens = _check_text(model).to(adapter.device)
+    names = [
+        name
+        for layer in range(adapter.n_layers)
+        for name in (
+            *adapter.base_hooks(layer), adapter.contribution_hook(layer), adapter.pattern_hook(layer), f"blocks.{layer}.hook_resid_post",
+        )
+    ]  # fmt: skip
+    logits, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in set(names))
+    missing = [name for name in names if name not in cache]
+    if missing:
+        raise ModelError(f"hook {missing[0]} did not fire on a forward pass: this model cannot be measured through its hooks.")
+    layers = range(adapter.n_layers)
+    return _Reference(
+        tokens=tokens,
+        resid_post=[cache[f"blocks.{layer}.hook_resid_post"] for layer in layers],
+        base=[sum(cache[name] for name in adapter.base_hooks(layer)) for layer in layers],
+        contribution=[cache[adapter.contribution_hook(layer)] for layer in layers],
+        pattern=[cache[adapter.pattern_hook(layer)] for layer in layers],
+        logits=logits,
+    )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, as a share of the largest absolute value expected; NaN counts as infinite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def _has_learned_sinks(adapter: Adapter) -> bool:
+    return any("sinks" in name.rpartition(".")[2] for name, _ in adapter.model.named_parameters())
+
+
+@torch.no_grad()
+def _check_reference(adapter: Adapter, reference: _Reference) -> tuple[Check, ...]:
+    limit = TOLERANCES.get(reference.logits.dtype, 2e-4)
+    parts = max(
+        relative_error(base + contribution, post)
+        for base, contribution, post in zip(reference.base, reference.contribution, reference.resid_post, strict=True)
+    )
+    rows = torch.stack([pattern.float().sum(-1) for pattern in reference.pattern])
+    excess = (rows - 1).clamp(min=0).max() if _has_learned_sinks(adapter) else (rows - 1).abs().max()
+    layer = adapter.n_layers // 2
+    hook_calls = []
+
+    def halve(contribution: Tensor, hook) -> Tensor:
+        hook_calls.append(hook)
+        edited = contribution.clone()
+        edited[:, -1] *= 0.5
+        return edited
+
+    edited = adapter.model.run_with_hooks(reference.tokens[None], fwd_hooks=[(adapter.contribution_hook(layer), halve)])
+    moved = (edited - reference.logits)[:, -1].abs().max().item() if hook_calls else 0.0
+    return (
+        Check("base + contribution == resid_post", parts, limit,
+              "the MLP output hook of this architecture is not what is added to the residual stream, so an edit of it would lie."),
+        Check("attention rows sum to 1", excess.item(), max(limit, 1e-3),
+              "the pattern hook does not hold attention weights: use attn_implementation='eager'."),
+        Check("an edit of a contribution reaches the logits", 0.0 if moved > 0 else 1.0, 0.5,
+              f"halving {adapter.contribution_hook(layer)} changed nothing: edits of this model would be silent no-ops."),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[AttentionForm, ...], tuple[Check, ...]]:
+    twin, limit = adapter.twin, TOLERANCES.get(reference.logits.dtype, 2e-4)
+    inputs = twin.block_inputs(reference.tokens)
+    forms, errors, sums, parts = [], [], [], []
+    n = len(reference.tokens)
+    strictly_later = torch.ones(n, n, dtype=torch.bool, device=reference.tokens.device).tril(-1)
+    for run in twin.run(inputs.embed, inputs, range(adapter.n_layers), sums=True):
+        forms.append(run.tap.form)
+        errors.append(relative_error(run.resid_post, reference.resid_post[run.layer]))
+        parts.append(relative_error(run.tap.base + run.tap.contribution, run.resid_post))
+        expected = (reference.pattern[run.layer].float() * strictly_later).sum(-2)
+        sums.append((run.tap.attention.later - expected).abs().max().item())
+        final = run.resid_post
+    log_probs = relative_error(twin.logits(final).float().log_softmax(-1), reference.logits.float().log_softmax(-1))
+    remedy = "the reference path is used instead."
+    return tuple(forms), (
+        Check("fast path: resid_post of every block", max(errors), limit, remedy),
+        Check("fast path: base + contribution == resid_post", max(parts), limit, remedy),
+        Check("fast path: attention received", max(sums), max(limit, 1e-3), remedy),
+        Check("log-probabilities equal plain Hugging Face's", log_probs, limit, remedy),
+    )
+
+
+def _configured_form(model, layer: int) -> AttentionForm:
+    """A layer's attention as the configuration states it, for models without a twin."""
+    cfg = model.cfg
+    window = None
+    if getattr(cfg, "use_local_attn", False) and cfg.attn_types and cfg.attn_types[layer] == "local":
+        window = cfg.window_size
+    layer_types = getattr(cfg, "layer_types", None)
+    if layer_types is not None and layer_types[layer] == "sliding_attention":
+        hf_config = getattr(getattr(model, "original_model", None), "config", cfg)
+        window = getattr(hf_config, "sliding_window", None)
+    cap = getattr(cfg, "attn_scores_soft_cap", -1.0)
+    scale = getattr(cfg, "attn_scale", -1.0)
+    scaling = 1.0 / scale if scale and scale > 0 else cfg.d_head**-0.5
+    return AttentionForm(scaling, window, cap if cap and cap > 0 else None)
+
+
+def load_model(
+    source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer=None, trust_remote_code: bool = False, verbose: bool = True
+):  # fmt: skip
+    """Load a model, check it, and return it as the TransformerLens object it is.
+
+    `source`: a name of the registry (`sink_circuits.models_table()`), a Hugging Face id `org/name@revision`, a local
+    directory in Hugging Face format, a GGUF file, a Hugging Face model, or a TransformerBridge or HookedTransformer,
+    which is checked and returned as it is. Raises ModelError or WeightsError, each in one sentence.
+    """
+    if isinstance(source, nn.Module):
+        if hasattr(source, "config") and not hasattr(source, "hook_dict"):
+            return _bridge(source, tokenizer, str(getattr(source.config, "name_or_path", "") or type(source).__name__), device)
+        adapter = adapt(source)
+        if adapter.processed and verbose:
+            warnings.warn(
+                f"the weights of this {type(source).__name__} were processed ({', '.join(adapter.processed)}): residuals "
+                "differ from the published model's; `official` detection refuses them.",
+                stacklevel=2,
+            )
+        return source
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise ModelError(f"{source!r} is not a model: give a name, a folder, a GGUF file or a model object.")
+    folder, revision = _folder_of(str(source), verbose)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{str(source)!r} could not be loaded ({first}): give one of {known_names()}, a folder with config.json and "
+            "safetensors, a GGUF file, or a Hugging Face id while online."
+        ) from error
+    return _bridge(hf.eval(), tokenizer, Path(str(source)).name, device)
+
+
+def known_names() -> str:
+    from sink_circuits.weights import REGISTRY
+
+    return ", ".join(sorted(REGISTRY))
+
+
+def _folder_of(source: str, verbose: bool) -> tuple[str, str]:
+    from sink_circuits import weights
+
+    if source in weights.REGISTRY:
+        return str(weights.fetch(source, verbose=verbose)), "main"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder {path} holds no config.json: give a folder in Hugging Face format or a GGUF file.")
+        return str(path), "main"
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        if not path.is_file():
+            raise ModelError(f"GGUF file {path} does not exist: check the path.")
+        return str(weights.convert_gguf(path, verbose=verbose)), "main"
+    name, _, revision = source.partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ModelError(
+            f"{source!r} is neither a known model ({known_names()}), a folder, a GGUF file nor a Hugging Face id like org/name@revision."
+        )
+    return name, revision or "main"
+
+
+def _bridge(hf, tokenizer, name: str, device: str):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf.config.architectures = [type(hf).__name__]
+    try:
+        if tokenizer is not None:
+            bridge = TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device=device)
+        else:
+            from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+            bridge = build_bridge_from_module(
+                hf, type(hf).__name__, hf_config=hf.config, tokenizer=None, dtype=hf.dtype, device=device, model_name=name
+            )
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise ModelError(
+            f"TransformerLens has no bridge for {type(hf).__name__} ({str(error).splitlines()[0]}): use a decoder architecture it supports."
+        ) from error
+    adapt(bridge)
+    return bridge

@@ -1,0 +1,433 @@
+"""Runs: the clean run of a text and its edited runs, on the fast path (the twin) or through TransformerLens' hooks.
+
+An edited run resumes above the first edited block, from the clean base and the edited contribution, and computes only
+positions from the first edited one on: what comes before is unchanged, its keys and values are the clean ones. At
+further edited blocks base and contribution are the edited run's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sink_circuits.attention import AttentionSums, streamed_attention
+from sink_circuits.errors import CacheError, InputError
+from sink_circuits.interventions import Edit
+from sink_circuits.models import Adapter, adapt
+from sink_circuits.twin import BlockInputs, TwinRefused
+
+TINY = torch.finfo(torch.float32).tiny
+LOGIT_SLICE_FLOATS = 1 << 25
+"""Floats of logits held at once where a loss is asked for (128 MiB): Gemma's vocabulary is 262,144."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Attention weights on chosen keys, for every query of a text.
+
+    `log_attention`: log A[q, k]; `log_rest`: log of the summed weights of all other keys and learned sinks; both
+    [layer, head, query, chosen], float32, floored at log(1.2e-38). Their difference is the attention log-odds.
+    """
+
+    chosen: tuple[int, ...]
+    log_attention: Float[Tensor, "layer head query chosen"]
+    log_rest: Float[Tensor, "layer head query chosen"]
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """Everything an analysis needs of one text's unedited forward pass.
+
+    `base` + `contribution` is `resid_post`; `later[layer, head, key]` sums attention over strictly later queries and
+    `diagonal` is A[q, q]; `keys`, `values` (rotated) exist where edited runs can reuse them. `path` is "fast",
+    "reference" or "cache".
+    """
+
+    tokens: Int[Tensor, " pos"]
+    base: Float[Tensor, "layer pos d_model"]
+    contribution: Float[Tensor, "layer pos d_model"]
+    later: Float[Tensor, "layer head key"]
+    diagonal: Float[Tensor, "layer head query"]
+    columns: Columns | None
+    keys: tuple[Tensor, ...] | None
+    values: tuple[Tensor, ...] | None
+    inputs: BlockInputs | None
+    path: str
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.tokens)
+
+    def resid_post(self, layer: int) -> Float[Tensor, "pos d_model"]:
+        return self.base[layer] + self.contribution[layer]
+
+
+@dataclass(frozen=True)
+class EditedRun:
+    """One edited forward pass as measured: layers up to the first edited one hold the clean values exactly.
+
+    `columns` covers the whole text; `resid_post_chosen` [layer, chosen, d_model] are the chosen positions' residuals
+    (manipulation checks); `loss` [pos] is the next-token loss, NaN at the last position, None when not asked for.
+    """
+
+    edits: tuple[Edit, ...]
+    columns: Columns
+    resid_post_chosen: Float[Tensor, "layer chosen d_model"]
+    loss: Float[Tensor, " pos"] | None
+    path: str
+
+
+def names_filter(model) -> Callable[[str], bool]:
+    """Pass it to `run_with_cache`: keeps just the hooks that `clean_cache` needs in every routine here.
+
+    These are each block's base and contribution, and its attention pattern (drop the pattern hooks and keep
+    `attn.hook_rot_q`, `attn.hook_rot_k` instead where memory is short).
+    """
+    adapter = adapt(model)
+    wanted = {
+        name
+        for layer in range(adapter.n_layers)
+        for name in (*adapter.base_hooks(layer), adapter.contribution_hook(layer), adapter.pattern_hook(layer))
+    }
+    return lambda name: name in wanted
+
+
+@torch.no_grad()
+def run_clean(
+    model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0, path: str = "auto"
+) -> CleanRun:  # fmt: skip
+    """The clean run of one text; `chosen` are key positions whose attention columns are wanted.
+
+    `clean_cache`: an ActivationCache of the same text from the user's own `run_with_cache` (row `row` of its batch);
+    nothing is run again. `path`: "auto" takes the fast path where it serves, "reference" TransformerLens' hooks.
+    Raises CacheError naming the hooks that a cache misses, InputError for an unknown path or a position out of range.
+    """
+    adapter = adapt(model)
+    chosen = check_chosen(chosen, len(tokens))
+    if clean_cache is not None:
+        return _clean_from_cache(adapter, tokens, clean_cache, row, chosen)
+    if resolve_path(adapter, path) == "fast":
+        return _clean_fast(adapter, tokens, chosen)
+    return _clean_reference(adapter, tokens, chosen)
+
+
+def resolve_path(adapter: Adapter, path: str) -> str:
+    """Which path serves: "fast" needs a twin and a model without hooks of the user's own."""
+    if path not in ("auto", "fast", "reference"):
+        raise InputError(f"path {path!r} is unknown: use 'auto', 'fast' or 'reference'.")
+    if path == "reference":
+        return path
+    refusal = adapter.twin_refusal or ("hooks of your own stand on the model" if adapter.has_user_hooks() else "")
+    if path == "fast" and refusal:
+        raise InputError(f"the fast path cannot serve this model ({refusal}): use path='auto' or 'reference'.")
+    return "reference" if refusal else "fast"
+
+
+def check_chosen(chosen: Sequence[int], n_positions: int) -> tuple[int, ...]:
+    for position in chosen:
+        if not 0 <= position < n_positions:
+            raise InputError(f"position {position} is out of range: the text has positions 0..{n_positions - 1}.")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"a position is named twice in {tuple(chosen)}.")
+    return tuple(int(p) for p in chosen)
+
+
+def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...]) -> CleanRun:
+    twin = adapter.twin
+    inputs = twin.block_inputs(tokens)
+    n_layers, n, d = adapter.n_layers, len(tokens), inputs.embed.shape[-1]
+    base = torch.empty(n_layers, n, d, dtype=inputs.embed.dtype, device=tokens.device)
+    contribution = torch.empty_like(base)
+    later = torch.empty(n_layers, adapter.n_heads, n, device=tokens.device)
+    diagonal = torch.empty_like(later)
+    keys, values, attentions = [], [], []
+    chosen_tensor = torch.tensor(chosen) if chosen else None
+    for run in twin.run(inputs.embed, inputs, range(n_layers), chosen=chosen_tensor, sums=True):
+        base[run.layer], contribution[run.layer] = run.tap.base[0], run.tap.contribution[0]
+        later[run.layer], diagonal[run.layer] = run.tap.attention.later[0], run.tap.attention.diagonal[0]
+        keys.append(run.tap.key)
+        values.append(run.tap.value)
+        if chosen:
+            attentions.append(run.tap.attention)
+    columns = _columns(chosen, attentions) if chosen else None
+    return CleanRun(tokens, base, contribution, later, diagonal, columns, tuple(keys), tuple(values), inputs, "fast")
+
+
+def _columns(chosen: tuple[int, ...], attentions: Sequence[AttentionSums], row: int = 0) -> Columns:
+    log_tiny = torch.tensor(TINY).log()
+    return Columns(
+        chosen,
+        torch.stack([a.log_attention[row] for a in attentions]).clamp(min=log_tiny),
+        torch.stack([a.log_rest[row] for a in attentions]).clamp(min=log_tiny),
+    )
+
+
+@dataclass
+class _PatternTap:
+    """Reads what is wanted from one layer's pattern as TransformerLens computes it, then lets the pattern go."""
+
+    chosen: tuple[int, ...]
+    learned_sinks: bool
+    attention: AttentionSums | None = None
+
+    def __call__(self, pattern: Float[Tensor, "batch head query key"], hook=None) -> None:
+        pattern = pattern.float()
+        diagonal = pattern.diagonal(dim1=-2, dim2=-1).clone()
+        later = pattern.tril(-1).sum(-2)
+        log_attention = log_rest = None
+        if self.chosen:
+            log_attention, rests = pattern[..., list(self.chosen)].log(), []
+            total = pattern.sum(-1)
+            for key in self.chosen:
+                others = pattern.clone()
+                others[..., key] = 0
+                rest = others.sum(-1)
+                rests.append(rest + (1 - total) if self.learned_sinks else rest)
+            log_rest = torch.stack(rests, -1).clamp(min=0).log()
+        self.attention = AttentionSums(later, diagonal, log_attention, log_rest)
+
+
+def _learned_sinks(adapter: Adapter) -> bool:
+    return any(form.sinks is not None for form in adapter.forms)
+
+
+def _clean_reference(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...]) -> CleanRun:
+    layers = range(adapter.n_layers)
+    kept: dict[str, Tensor] = {}
+    taps = [_PatternTap(chosen, _learned_sinks(adapter)) for _ in layers]
+
+    def keeper(name: str):
+        def hook(value: Tensor, hook) -> None:
+            kept[name] = value[0].detach().clone()  # activations alias live tensors
+
+        return name, hook
+
+    hooks = [
+        pair
+        for layer in layers
+        for pair in (
+            *(keeper(name) for name in adapter.base_hooks(layer)), keeper(adapter.contribution_hook(layer)),
+            (adapter.pattern_hook(layer), taps[layer]),
+        )
+    ]  # fmt: skip
+    adapter.model.run_with_hooks(tokens[None], fwd_hooks=hooks, stop_at_layer=adapter.n_layers)
+    base = torch.stack([sum(kept[name] for name in adapter.base_hooks(layer)) for layer in layers])
+    contribution = torch.stack([kept[adapter.contribution_hook(layer)] for layer in layers])
+    later = torch.stack([tap.attention.later[0] for tap in taps])
+    diagonal = torch.stack([tap.attention.diagonal[0] for tap in taps])
+    columns = _columns(chosen, [tap.attention for tap in taps]) if chosen else None
+    return CleanRun(tokens, base, contribution, later, diagonal, columns, None, None, None, "reference")
+
+
+def _clean_from_cache(adapter: Adapter, tokens: Tensor, cache, row: int, chosen: tuple[int, ...]) -> CleanRun:
+    layers = range(adapter.n_layers)
+    have = set(cache.keys())
+    names = [name for layer in layers for name in (*adapter.base_hooks(layer), adapter.contribution_hook(layer))]
+    missing = [name for name in names if name not in have]
+    has_patterns = all(adapter.pattern_hook(layer) in have for layer in layers)
+    rotary = [tuple(_attention_input(have, layer, x) for x in "qk") for layer in layers]
+    has_inputs = all(q and k for q, k in rotary)
+    if not has_patterns and not has_inputs:
+        missing += [adapter.pattern_hook(layer) for layer in layers if adapter.pattern_hook(layer) not in have]
+    if missing:
+        raise CacheError(
+            f"clean_cache lacks {len(missing)} hooks, the first {', '.join(missing[:3])}: make it with "
+            "model.run_with_cache(tokens, names_filter=sink_circuits.names_filter(model))."
+        )
+
+    def take(name: str) -> Tensor:
+        value = cache[name]
+        value = value[row] if getattr(cache, "has_batch_dim", True) else value
+        if value.shape[0] != len(tokens) and "pattern" not in name:
+            raise CacheError(f"clean_cache holds {value.shape[0]} positions at {name}, the text {len(tokens)}: cache the same tokens.")
+        return value
+
+    base = torch.stack([sum(take(name) for name in adapter.base_hooks(layer)) for layer in layers])
+    contribution = torch.stack([take(adapter.contribution_hook(layer)) for layer in layers])
+    attentions = []
+    for layer in layers:
+        if has_patterns:
+            tap = _PatternTap(chosen, _learned_sinks(adapter))
+            tap(take(adapter.pattern_hook(layer))[None])
+            attentions.append(tap.attention)
+        else:
+            query, key = (take(name).transpose(0, 1)[None] for name in rotary[layer])
+            _, sums = streamed_attention(query, key, key, adapter.forms[layer], chosen=torch.tensor(chosen) if chosen else None)
+            attentions.append(sums)
+    later = torch.stack([a.later[0] for a in attentions])
+    diagonal = torch.stack([a.diagonal[0] for a in attentions])
+    columns = _columns(chosen, attentions) if chosen else None
+    inputs = adapter.twin.block_inputs(tokens) if resolve_path(adapter, "auto") == "fast" else None
+    return CleanRun(tokens, base, contribution, later, diagonal, columns, None, None, inputs, "cache")
+
+
+def _attention_input(have: set[str], layer: int, letter: str) -> str | None:
+    """The hook that holds queries or keys as the scores are made from them: rotated where there is a rotation."""
+    rotated, plain = f"blocks.{layer}.attn.hook_rot_{letter}", f"blocks.{layer}.attn.hook_{letter}"
+    return rotated if rotated in have else plain if plain in have and f"blocks.{layer}.attn.hook_rot_{letter}" not in have else None
+
+
+@torch.no_grad()
+def run_edited(
+    model, clean: CleanRun, rows: Sequence[Sequence[Edit]], *, last_layer: int | None = None, loss: bool = False, path: str = "auto"
+) -> list[EditedRun]:  # fmt: skip
+    """Run several edits of one text as the rows of one batch; an empty row is an unedited one.
+
+    `clean` must hold the columns of the keys to measure (`run_clean(..., chosen=...)`), edited positions among them or
+    not. Layers above `last_layer` are not run (they keep the clean values) unless a loss is asked for.
+    Raises InputError for a layer or position out of range, before anything is run.
+    """
+    adapter = adapt(model)
+    rows = [tuple(row) for row in rows]
+    if not rows:
+        return []
+    if clean.columns is None:
+        raise InputError("the clean run holds no columns: make it with run_clean(..., chosen=positions).")
+    for row in rows:
+        for edit in row:
+            edit.check(adapter.n_layers, clean.n_positions)
+        if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
+            raise InputError("two edits of one run change the same layer and position: join them into one function.")
+    last_layer = adapter.n_layers - 1 if last_layer is None or loss else last_layer
+    resolved = resolve_path(adapter, path)
+    if resolved == "fast" and clean.inputs is not None:
+        return _edited_fast(adapter, clean, rows, last_layer, loss)
+    return _edited_reference(adapter, clean, rows, loss)
+
+
+def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]) -> Callable[[Tensor], Tensor] | None:
+    """The edits of `layer`, each in its own row of the batch, as one function of the batch's contributions."""
+    here = [(row, edit) for row, edits in enumerate(rows) for edit in edits if edit.layer == layer]
+    if not here:
+        return None
+
+    def function(contributions: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        edited = contributions.clone()
+        for row, edit in here:
+            edited[row] = edit.written_into(edited[row], first)
+            counter[0] += 1
+        return edited
+
+    return function
+
+
+def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], last_layer: int, loss: bool) -> list[EditedRun]:
+    edits = [edit for row in rows for edit in row]
+    first_layer = min((edit.layer for edit in edits), default=-1)
+    start = min((p for edit in edits for p in edit.positions), default=0) if clean.keys is not None else 0
+    counter = [0]
+    if first_layer < 0:
+        resid = clean.inputs.embed.expand(len(rows), -1, -1)
+    else:
+        contribution = clean.contribution[first_layer, start:].expand(len(rows), -1, -1)
+        resid = clean.base[first_layer, start:] + _row_edit(rows, first_layer, start, counter)(contribution)
+    functions = {layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))}
+    chosen = clean.columns.chosen
+    log_attention = [clean.columns.log_attention.clone() for _ in rows]
+    log_rest = [clean.columns.log_rest.clone() for _ in rows]
+    chosen_now = [(i, p - start) for i, p in enumerate(chosen) if p >= start]
+    resid_chosen = torch.stack([clean.resid_post(layer)[list(chosen)] for layer in range(adapter.n_layers)])
+    resid_chosen = resid_chosen.expand(len(rows), -1, -1, -1).clone()
+
+    def note_residual(layer: int, resid: Tensor) -> None:
+        for i, position in chosen_now:
+            resid_chosen[:, layer, i] = resid[:, position]
+
+    if first_layer >= 0:
+        note_residual(first_layer, resid)
+
+    def prefix(layer: int) -> tuple[Tensor, Tensor]:
+        return clean.keys[layer][:, :, :start], clean.values[layer][:, :, :start]
+
+    layers = range(first_layer + 1, last_layer + 1)
+    for run in adapter.twin.run(
+        resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions
+    ):  # fmt: skip
+        log_tiny = torch.tensor(TINY).log()
+        for row in range(len(rows)):
+            log_attention[row][run.layer, :, start:] = run.tap.attention.log_attention[row].clamp(min=log_tiny)
+            log_rest[row][run.layer, :, start:] = run.tap.attention.log_rest[row].clamp(min=log_tiny)
+        note_residual(run.layer, run.resid_post)
+        resid = run.resid_post
+    expected = sum(1 for row in rows for edit in row if edit.layer <= last_layer)
+    if counter[0] != expected:
+        raise TwinRefused(f"{expected} edits were asked for and {counter[0]} were made: report this model.")
+    losses: list[Tensor | None] = [None] * len(rows)
+    if loss:
+        clean_loss = next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens) if start else None
+        for row in range(len(rows)):
+            own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
+            losses[row] = own if clean_loss is None else torch.cat([clean_loss[:start], own])
+    return [
+        EditedRun(row, Columns(chosen, log_attention[i], log_rest[i]), resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)
+    ]
+
+
+def _edited_reference(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], loss: bool) -> list[EditedRun]:
+    layers = range(adapter.n_layers)
+    chosen = clean.columns.chosen
+    taps = [_PatternTap(chosen, _learned_sinks(adapter)) for _ in layers]
+    residuals: dict[int, Tensor] = {}
+    counter = [0]
+
+    def keep_residual(layer: int):
+        def hook(value: Tensor, hook) -> None:
+            residuals[layer] = value[:, list(chosen)].detach().clone()
+
+        return f"blocks.{layer}.hook_resid_post", hook
+
+    hooks: list[tuple[str, Callable]] = []
+    for layer in layers:
+        if function := _row_edit(rows, layer, 0, counter):
+            hooks.append((adapter.contribution_hook(layer), lambda value, hook, f=function: f(value)))
+        hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
+    tokens = clean.tokens.expand(len(rows), -1)
+    final = adapter.model.run_with_hooks(tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers}))
+    expected = sum(len(row) for row in rows)
+    if counter[0] != expected:
+        raise InputError(f"{expected} edits were asked for and {counter[0]} fired: hook_mlp_out is dead in this model.")
+    out = []
+    for index, row in enumerate(rows):
+        first_layer = min((edit.layer for edit in row), default=-1)
+        columns = _columns(chosen, [tap.attention for tap in taps], index)
+        resid = torch.stack([residuals[layer][index] for layer in layers])
+        if row:  # layers up to the edited one cannot have changed: exact, not only to the kernels' rounding
+            columns.log_attention[: first_layer + 1] = clean.columns.log_attention[: first_layer + 1]
+            columns.log_rest[: first_layer + 1] = clean.columns.log_rest[: first_layer + 1]
+            for layer in range(first_layer):
+                resid[layer] = clean.resid_post(layer)[list(chosen)]
+        row_loss = _loss_of_logits(final[index], clean.tokens) if loss else None
+        out.append(EditedRun(row, columns, resid, row_loss, "reference"))
+    return out
+
+
+def next_token_loss(logits_of: Callable[[Tensor], Tensor], resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    """-log p(next token) at every position, NaN at the last; logits are made in slices and dropped."""
+    losses = torch.full((len(tokens),), torch.nan, device=tokens.device)
+    step = None
+    position = 0
+    while position < len(tokens) - 1:
+        stop = min(position + (step or 1), len(tokens) - 1)
+        logits = logits_of(resid_post[position:stop]).float()
+        step = max(1, LOGIT_SLICE_FLOATS // logits.shape[-1])
+        losses[position:stop] = torch.nn.functional.cross_entropy(logits, tokens[position + 1 : stop + 1], reduction="none")
+        position = stop
+    return losses
+
+
+def _loss_of_logits(logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    own = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
+    return torch.cat([own, own.new_full((1,), torch.nan)])
+
+
+def clean_loss(model, clean: CleanRun) -> Float[Tensor, " pos"]:
+    """Next-token loss of the unedited text, [pos], NaN at the last position."""
+    adapter = adapt(model)
+    if adapter.twin is not None:
+        return next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens)
+    with torch.no_grad():
+        return _loss_of_logits(adapter.model(clean.tokens[None], return_type="logits")[0], clean.tokens)

@@ -1,0 +1,263 @@
+"""The fast execution path: a plain Hugging Face module that shares its parameters with the user's TransformerBridge.
+
+TransformerLens' own attention builds the whole pattern in every layer of every forward pass; the twin computes it in
+blocks (`sink_circuits.attention`) and can start above any block, in the middle of a text. What it gives is held against
+the bridge when a model is adapted (`sink_circuits.models`); where it cannot serve, the reference path takes over.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sink_circuits.attention import AttentionForm, AttentionSums, streamed_attention
+
+ATTENTION_NAME = "sink_circuits_streamed"
+
+
+class TwinRefused(RuntimeError):
+    """The twin cannot serve this model; the message says why. The reference path serves instead."""
+
+
+@dataclass
+class Tap:
+    """What one block's hooks and attention read and write during one pass; owned by the twin, one per block."""
+
+    chosen: Tensor | None = None
+    sums: bool = False
+    prefix: tuple[Tensor, Tensor] | None = None
+    edit: Callable[[Tensor], Tensor] | None = None
+    form: AttentionForm | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    attention: AttentionSums | None = None
+    base: Tensor | None = None
+    contribution: Tensor | None = None
+    attn_out: Tensor | None = None
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, sliding_window=None,
+    softcap=None, s_aux=None, **kwargs,
+):  # fmt: skip
+    """Hugging Face's attention interface, served by `streamed_attention`; the block's `Tap` says what to keep."""
+    if attention_mask is not None:
+        raise TwinRefused("the model builds an attention mask of its own")
+    tap: Tap = module.sink_circuits_tap
+    if tap.prefix is not None:
+        key = torch.cat([tap.prefix[0].expand(len(key), -1, -1, -1), key], dim=2)
+        value = torch.cat([tap.prefix[1].expand(len(value), -1, -1, -1), value], dim=2)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tap.form = AttentionForm(float(scaling), sliding_window, softcap, s_aux)
+    tap.key, tap.value = key, value
+    out, tap.attention = streamed_attention(query, key, value, tap.form, chosen=tap.chosen, sums=tap.sums)
+    return out, None
+
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the model hands to each block beside the residual stream (positions, rotary tables), for one text length."""
+
+    embed: Float[Tensor, "1 pos d_model"]
+    kwargs: tuple[Mapping, ...]
+
+    def suffix(self, layer: int, start: int) -> Mapping:
+        """The same from position `start` on. Raises TwinRefused for a tensor whose position axis is not known."""
+        return {name: _from_position(name, x, start) for name, x in self.kwargs[layer].items()} if start else self.kwargs[layer]
+
+
+def _from_position(name: str, x, start: int):
+    if isinstance(x, tuple | list):
+        return type(x)(_from_position(name, part, start) for part in x)
+    if not isinstance(x, Tensor):
+        return x
+    if name == "position_embeddings":
+        return x[..., start:, :]
+    if name in ("position_ids", "cache_position"):
+        return x[..., start:]
+    raise TwinRefused(f"the blocks take a tensor {name!r} whose position axis is not known")
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """One block's pass, seen from outside: residual stream in, residual stream out, and what its tap kept."""
+
+    layer: int
+    resid_post: Float[Tensor, "batch pos d_model"]
+    tap: Tap
+
+
+@dataclass
+class Twin:
+    """The plain module with a tap in every block. Build it with `Twin.of_bridge`."""
+
+    module: nn.Module
+    blocks: nn.ModuleList
+    contributions: list[nn.Module]
+    readers: list[nn.Module]
+    attentions: list[nn.Module]
+    final_norm: nn.Module
+    parallel: bool
+    fingerprint: tuple
+    taps: list[Tap] = field(default_factory=list)
+
+    @staticmethod
+    def of_bridge(bridge) -> Twin:
+        """Rebuild the bridge's Hugging Face model around the very same parameters. Raises TwinRefused with the reason."""
+        original = bridge.original_model
+        config = copy.deepcopy(original.config)
+        plain = _plain_names(dict(original.named_parameters(remove_duplicate=False)))
+        plain_buffers = _plain_names(dict(original.named_buffers(remove_duplicate=False)))
+        try:
+            with torch.device("meta"):
+                module = type(original)._from_config(config, attn_implementation=ATTENTION_NAME, dtype=bridge.cfg.dtype)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise TwinRefused(f"{type(original).__name__} does not take an attention function: {error}") from error
+        for name, tensors in (("parameter", plain), ("buffer", plain_buffers)):
+            own = module.named_parameters if name == "parameter" else module.named_buffers
+            for path, old in list(own(remove_duplicate=False)):
+                if path not in tensors or tensors[path].shape != old.shape:
+                    raise TwinRefused(f"{name} {path} of the plain model is not in the bridge")
+                parent, _, leaf = path.rpartition(".")
+                getattr(module.get_submodule(parent), "_parameters" if name == "parameter" else "_buffers")[leaf] = tensors[path]
+        module.eval()
+        parts = bridge.adapter.component_mapping
+        block = parts["blocks"].submodules
+        blocks = module.get_submodule(parts["blocks"].name)
+        writer = block["ln2_post"] if "ln2_post" in block else block["mlp"]
+        reader = block["ln2"] if "ln2" in block else block["mlp"]
+        if "attn" not in block or writer.name is None or reader.name is None:
+            raise TwinRefused("the bridge does not name the attention and MLP of a block")
+        attn_writer = block["ln1_post"] if "ln1_post" in block else block["attn"]
+        twin = Twin(
+            module=module,
+            blocks=blocks,
+            contributions=[b.get_submodule(writer.name) for b in blocks],
+            readers=[b.get_submodule(reader.name) for b in blocks],
+            attentions=[b.get_submodule(attn_writer.name) for b in blocks],
+            final_norm=module.get_submodule(parts["ln_final"].name),
+            parallel=bool(getattr(bridge.cfg, "parallel_attn_mlp", False)),
+            fingerprint=fingerprint(bridge),
+        )
+        twin._install_taps(block["attn"].name)
+        return twin
+
+    def _install_taps(self, attn_name: str) -> None:
+        for index, block in enumerate(self.blocks):
+            tap = Tap()
+            self.taps.append(tap)
+            block.get_submodule(attn_name).sink_circuits_tap = tap
+            self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
+            self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _keep(tap, "attn_out", out))
+            self.contributions[index].register_forward_hook(lambda m, args, out, tap=tap: _contribute(tap, out))
+
+    def block_inputs(self, tokens: Int[Tensor, " pos"]) -> BlockInputs:
+        """Embed a text and note what every block would be given; no block is computed."""
+        seen: list[Mapping] = []
+        embed: list[Tensor] = []
+
+        def note(block, args, kwargs):
+            if len(args) > 1:
+                raise TwinRefused("the blocks take more than the residual stream by position")
+            hidden = args[0] if args else kwargs["hidden_states"]
+            embed.append(hidden)
+            seen.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")})
+            return args, kwargs
+
+        with _skipped(self.blocks), _hooked(self.blocks, note):
+            self.module.base_model(input_ids=tokens[None], use_cache=False)
+        return BlockInputs(embed[0], tuple(seen))
+
+    def run(
+        self, resid: Float[Tensor, "batch pos d_model"], inputs: BlockInputs, layers: range, *, start: int = 0,
+        prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None, chosen: Tensor | None = None, sums: bool = False,
+        edits: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Iterator[BlockRun]:  # fmt: skip
+        """Run `layers` one after the other from the residual stream `resid`, whose first position is `start`.
+
+        `prefix(layer)` gives the keys and values of the positions before `start`. `edits[layer]` maps that block's
+        contribution [batch, pos, d_model] to another. Each block's tap is valid until the next block is asked for.
+        """
+        edits = edits or {}
+        for layer in layers:
+            tap = self.taps[layer]
+            tap.chosen, tap.sums, tap.edit = chosen, sums, edits.get(layer)
+            tap.prefix = prefix(layer) if prefix is not None and start else None
+            resid_pre = resid
+            out = self.blocks[layer](resid, **inputs.suffix(layer, start))
+            resid = out[0] if isinstance(out, tuple) else out
+            if self.parallel:
+                tap.base = resid_pre + tap.attn_out
+            yield BlockRun(layer, resid, tap)
+            self.taps[layer].__init__()
+
+    def logits(self, resid_post: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
+        """Final norm, unembedding and the model's own logit scaling or soft-capping."""
+        logits = self.module.get_output_embeddings()(self.final_norm(resid_post))
+        config = self.module.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Changes when a parameter is replaced or written to: a twin made before that no longer speaks for the model."""
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+
+
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the unwrapped Hugging Face model spells them."""
+    return {name.replace("._original_component", ""): tensor for name, tensor in tensors.items()}
+
+
+def _first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _keep(tap: Tap, name: str, value) -> None:
+    setattr(tap, name, _first(value))
+
+
+def _contribute(tap: Tap, out):
+    contribution = _first(out)
+    if tap.edit is not None:
+        contribution = tap.edit(contribution)
+    tap.contribution = contribution
+    if tap.edit is None:
+        return None
+    return (contribution, *out[1:]) if isinstance(out, tuple) else contribution
+
+
+@contextmanager
+def _skipped(blocks: nn.ModuleList):
+    """For the moment every block hands its input on unchanged."""
+    for block in blocks:
+        block.forward = lambda hidden_states=None, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def _hooked(blocks: nn.ModuleList, hook):
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
