@@ -1,0 +1,36 @@
+"""sink_circuits: find attention sinks in language models, and prove by intervention what makes them."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
+    from sink_circuits.experiments import Effect, ablate, dose_response, layer_map, measure
+    from sink_circuits.interventions import Edit, replace, rescale, zero
+    from sink_circuits.models import adapt, load_model
+    from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
+    from sink_circuits.runs import names_filter, run_clean, run_edited
+    from sink_circuits.scores import SinkScores, sink_scores
+
+_ROOMS = {
+    "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
+    "experiments": ("Effect", "ablate", "dose_response", "layer_map", "measure"),
+    "interventions": ("Edit", "replace", "rescale", "zero"),
+    "models": ("adapt", "load_model"),
+    "prompts": ("Prompt", "PromptSet", "Tokens", "load_prompts"),
+    "runs": ("names_filter", "run_clean", "run_edited"),
+    "scores": ("SinkScores", "sink_scores"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str):
+    """Public names are imported when first used: torch and TransformerLens cost seconds, `--help` should not."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'sink_circuits' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"sink_circuits.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,3 +19,7 @@ class CacheError(SinkCircuitsError):
 
 class ResultError(SinkCircuitsError):
     """A result file that cannot be written or read."""
+
+
+class WeightsError(SinkCircuitsError):
+    """Weights that could not be fetched, converted or written."""

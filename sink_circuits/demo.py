@@ -1,0 +1,71 @@
+"""The main job from start to end: sinks, layer map, dose-response, ablation, and the report that shows them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sink_circuits.detection import Sinks, find_sinks
+from sink_circuits.errors import InputError
+from sink_circuits.experiments import ablate, dose_response, layer_map
+from sink_circuits.prompts import Tokens, token_texts
+from sink_circuits.scores import sink_scores
+
+
+def select_sinks(model, tokens: Tokens, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True, **thresholds) -> Sinks:
+    """Sinks of these kinds, the first `max_sinks` in turns over the prompts; says what is left out.
+
+    Raises InputError when there are none of these kinds.
+    """
+    found = find_sinks(model, tokens, verbose=verbose, **thresholds)
+    return spread_over_prompts(found, kinds, max_sinks, verbose=verbose)
+
+
+def spread_over_prompts(found: Sinks, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True) -> Sinks:
+    """At most `max_sinks` sinks of these kinds with a defined score, one prompt after the other: prompts are the unit."""
+    chosen = found.select(*kinds)
+    counts = ", ".join(f"{n} {kind}" for kind, n in found.table["kind"].value_counts().items()) or "none"
+    if not len(chosen):
+        raise InputError(f"no sinks of kind {' or '.join(kinds)} were found in {len(found.prompts)} prompts (found: {counts}): treat other kinds (--kinds), or more prompts.")
+    usable = chosen.table[chosen.table["score"].notna()]
+    if not len(usable):
+        raise InputError(f"all {len(chosen)} sinks stand too near the end of their texts for a score: give longer prompts.")
+    turn = usable.groupby("prompt", sort=False).cumcount()
+    table = usable.loc[turn.sort_values(kind="stable").index[:max_sinks]].sort_index().reset_index(drop=True)
+    if verbose and len(table) < len(chosen):
+        print(f"Treating {len(table)} of {len(chosen)} sinks ({counts} found); raise --max-sinks to treat more.")
+    return Sinks(table, found.prompts, found.manifest)
+
+
+def run(
+    model, tokens: Tokens, *, folder: Path, kinds: Sequence[str] = ("secondary", "primary-like"), max_sinks: int | None = 10,
+    command: str = "", verbose: bool = True, **thresholds,
+) -> Path:  # fmt: skip
+    """Find sinks, map, dose and ablate their forming MLPs; results and `report.html` land in `folder`, each file whole.
+
+    Returns the report's path. Raises InputError when no sinks of these kinds are found.
+    """
+    from sink_circuits.report import write_report
+
+    started = time.monotonic()
+    found = find_sinks(model, tokens, verbose=verbose, **thresholds)
+    sinks = spread_over_prompts(found, kinds, max_sinks, verbose=verbose)
+    mapped = layer_map(model, tokens, sinks, verbose=verbose)
+    forming = mapped.forming()
+    dosed = dose_response(model, tokens, sinks, layer="forming", forming=forming, verbose=verbose)
+    ablated = ablate(model, tokens, sinks, layer="forming", forming=forming, loss=True, verbose=verbose)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(folder / "sinks.parquet", overwrite=True)
+    for name, effect in (("layer_map", mapped), ("dose_response", dosed), ("ablation", ablated)):
+        effect.save(folder / f"{name}.safetensors", overwrite=True)
+    first = sinks.table["prompt"].iloc[0]
+    shown = Tokens((tokens.ids[tokens.names.index(first)],), (first,))
+    report = folder / "report.html"
+    write_report(
+        report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
+        scores={first: sink_scores(model, shown).scores[0]}, title=f"Attention sinks in {found.manifest.model}", command=command, overwrite=True,
+    )  # fmt: skip
+    if verbose:
+        print(f"Done in {time.monotonic() - started:.0f} s.")
+    return report

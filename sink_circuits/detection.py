@@ -1,0 +1,361 @@
+"""Detection: which tokens are in sink state, from the geometry of the residual stream alone.
+
+`robust` follows this package's definitions: centred cosine with the primary and norm against the layer's median, at any
+depth, in every phase of the primary. `official` is the published procedure, exactly (Wong et al., 2512.22213).
+Attention is the outcome that experiments measure, so it never decides; it stands beside each sink as evidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sink_circuits.errors import InputError
+from sink_circuits.models import adapt
+from sink_circuits.prompts import as_tokens, token_texts
+from sink_circuits.results import Manifest, write_whole
+from sink_circuits.runs import CleanRun, run_clean
+from sink_circuits.scores import MIN_QUERIES, scores_of
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as sink state, and as a sink.
+
+    `cosine`: centred cosine with the primary, above. `norm_ratio`: norm over the layer's median norm, above.
+    `min_lifetime`: layers a run of sink states must last. `bridge`: gaps of so many layers inside a run are bridged.
+    `first_positions`: candidates for the primary (None: 0..3; for `official` 0, 1, as without a chat template). `neighbours`: ordinary tokens within this distance are a sink's
+    comparison. Defaults were set on the bundled models, where attention confirms them: on Gemma 3 tokens with a
+    norm of 1.5 to 2.5 medians draw no more attention than ordinary ones, those above 2.5 draw 8 to 280 times as much.
+    """
+
+    cosine: float = 0.9
+    norm_ratio: float = 2.5
+    min_lifetime: int = 2
+    bridge: int = 1
+    first_positions: tuple[int, ...] | None = None
+    min_queries: int = MIN_QUERIES
+    neighbours: int = 32
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("cosine", -1.0, 1.0), ("norm_ratio", 0.0, float("inf")), ("min_lifetime", 1, float("inf")), ("bridge", 0, float("inf")),
+            ("min_queries", 1, float("inf")), ("neighbours", 1, float("inf")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(f"threshold {name} = {value} is out of range: {low} to {high}.")
+        if self.first_positions is not None and (not self.first_positions or min(self.first_positions) < 0):
+            raise InputError(f"first_positions = {self.first_positions}: name at least one position, counted from 0.")
+
+
+COLUMNS = (
+    "prompt", "pos", "token_id", "token", "kind", "l_start", "l_end", "lifetime", "phase_start", "primary_pos", "cosine", "norm", "norm_ratio",
+    "score", "score_ordinary", "score_ratio",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Found sinks, one row each: a run of layers in which a token is in sink state.
+
+    Columns: prompt (id), pos, token_id, token, kind ("primary", "secondary", "primary-like"), l_start, l_end, lifetime,
+    phase_start (where the primary's phase began), primary_pos; evidence: cosine (mean centred cosine over the
+    lifetime), norm and norm_ratio (largest over the lifetime); beside it: score (mean over heads and over the layers
+    that read the sink, l_start+1..l_end+1), score_ordinary (median of the ordinary tokens nearby, same layers) and
+    their ratio. `official` results hold NaN where the published procedure says nothing.
+    """
+
+    table: pd.DataFrame
+    prompts: tuple[str, ...]
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        return self.table.copy()
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(escape=True, float_format=lambda x: f"{x:.3g}")
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.table["kind"].value_counts().items()) or "none"
+        return f"Sinks in {len(self.prompts)} prompts: {kinds}\n{self.table.to_string(max_rows=40, float_format=lambda x: f'{x:.3g}')}"
+
+    def select(self, *kinds: str) -> Sinks:
+        """Only these kinds. Raises InputError for an unknown one."""
+        known = {"primary", "secondary", "primary-like", "bos_sink", "noise"}
+        if unknown := set(kinds) - known:
+            raise InputError(f"kind {sorted(unknown)[0]!r} is unknown: use one of {', '.join(sorted(known))}.")
+        return Sinks(self.table[self.table["kind"].isin(kinds)].reset_index(drop=True), self.prompts, self.manifest)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the table as parquet with the manifest inside; whole or not at all. Raises ResultError."""
+        frame = self.table.copy()
+        frame.attrs = {"sink_circuits": json.dumps({"manifest": self.manifest.to_dict(), "prompts": list(self.prompts)})}
+        write_whole(Path(path), lambda temporary: frame.to_parquet(temporary), overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> Sinks:
+        """Read what `save` wrote. Raises ResultError for a file that is not such a table."""
+        from sink_circuits.results import read_parquet
+
+        frame = read_parquet(Path(path), COLUMNS)
+        meta = json.loads(frame.attrs["sink_circuits"])
+        frame.attrs = {}
+        return Sinks(frame, tuple(meta["prompts"]), Manifest.from_dict(meta["manifest"]))
+
+
+def find_sinks(
+    model, tokens, *, method: str = "robust", thresholds: Thresholds | None = None, attention_mask=None, clean_cache=None,
+    path: str = "auto", verbose: bool = True, **changed,
+) -> Sinks:  # fmt: skip
+    """Find the attention sinks of every prompt.
+
+    `method`: "robust" or "official". Thresholds may be given one by one: `find_sinks(model, tokens, cosine=0.8)`.
+    Raises InputError for tokens that do not fit, an unknown method or threshold; CacheError for a cache without the
+    hooks needed; for `official`, InputError when the weights were processed (its residuals would not be the model's).
+    """
+    thresholds = _changed_thresholds(thresholds, changed)
+    if method not in ("robust", "official"):
+        raise InputError(f"method {method!r} is unknown: use 'robust' or 'official'.")
+    tokens = as_tokens(model, tokens, attention_mask)
+    adapter = adapt(model)
+    if method == "official" and adapter.processed:
+        raise InputError(
+            f"official detection needs the published residuals, and this model's weights were processed ({', '.join(adapter.processed)}): "
+            "load it without folding and centring."
+        )
+    rows: list[dict] = []
+    bar = tqdm(tokens.ids, desc="finding sinks", unit="prompt", disable=not verbose or len(tokens) < 2)
+    for index, ids in enumerate(bar):
+        clean = run_clean(model, ids, clean_cache=clean_cache, row=index, path=path)
+        found = robust_rows(clean, adapter.windows, thresholds) if method == "robust" else official_rows(model, clean, thresholds)
+        texts = token_texts(model, ids)
+        rows += [{"prompt": tokens.names[index], "token_id": int(ids[r["pos"]]), "token": texts[r["pos"]], **r} for r in found]
+    manifest = Manifest.of(adapter, tokens, what=f"find_sinks:{method}", thresholds=thresholds, path=clean.path)
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
+    return Sinks(table, tokens.names, manifest)
+
+
+_DTYPES = {name: "int64" for name in ("pos", "token_id", "l_start", "l_end", "lifetime", "phase_start", "primary_pos")} | {
+    name: "float64" for name in ("cosine", "norm", "norm_ratio", "score", "score_ordinary", "score_ratio")
+}
+
+
+def _changed_thresholds(thresholds: Thresholds | None, changed: Mapping) -> Thresholds:
+    thresholds = thresholds or Thresholds()
+    unknown = set(changed) - set(Thresholds.__dataclass_fields__)
+    if unknown:
+        raise InputError(f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(Thresholds.__dataclass_fields__)}.")
+    return Thresholds(**{**{name: getattr(thresholds, name) for name in Thresholds.__dataclass_fields__}, **changed})
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the sink state is read from, for every layer and position of one text.
+
+    `norm`: of resid_post. `norm_ratio`: over the layer's median norm. `cosine`: of resid_post less the layer's
+    coordinatewise median over positions, with the primary's. All [layer, pos].
+    """
+
+    norm: Float[Tensor, "layer pos"]
+    norm_ratio: Float[Tensor, "layer pos"]
+    cosine: Float[Tensor, "layer pos"]
+
+
+def geometry_of(clean: CleanRun, primary: int) -> Geometry:
+    """Geometry against the token at position `primary`. A token of norm 0 has cosine 0."""
+    n_layers = len(clean.base)
+    norms, cosines = [], []
+    for layer in range(n_layers):
+        resid = clean.resid_post(layer).float()
+        norms.append(resid.norm(dim=-1))
+        centred = resid - resid.median(dim=0).values
+        cosines.append(torch.nn.functional.cosine_similarity(centred, centred[primary : primary + 1], dim=-1, eps=1e-12))
+    norm = torch.stack(norms)
+    return Geometry(norm, norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12), torch.stack(cosines))
+
+
+def primary_direction(clean: CleanRun, layer: int, primary: int = 0, *, raw: bool = False) -> Float[Tensor, " d_model"]:
+    """Unit vector of resid_post[layer] at the primary, after subtracting the tokens' median (`raw`: as it is)."""
+    resid = clean.resid_post(layer).float()
+    vector = resid[primary] if raw else resid[primary] - resid.median(dim=0).values
+    return vector / vector.norm().clamp(min=1e-12)
+
+
+def layer_runs(state: Sequence[bool], bridge: int) -> list[tuple[int, int]]:
+    """Runs (first, last) of True, gaps of at most `bridge` bridged: layer_runs([1,1,0,1,0,0,1], 1) = [(0, 3), (6, 6)]."""
+    layers = np.flatnonzero(np.asarray(state, dtype=bool))
+    if not len(layers):
+        return []
+    breaks = np.flatnonzero(np.diff(layers) > bridge + 1)
+    firsts, lasts = np.r_[0, breaks + 1], np.r_[breaks, len(layers) - 1]
+    return [(int(layers[a]), int(layers[b])) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def find_primary(norm_ratio: Float[Tensor, "layer pos"], thresholds: Thresholds) -> int | None:
+    """The candidate first position that is largest over its life: the greatest summed norm ratio over its sink layers.
+
+    None when no candidate's norm stays above the threshold for `min_lifetime` layers. Ties go to the earliest.
+    """
+    best, best_size = None, 0.0
+    for position in sorted(set(thresholds.first_positions or range(4))):
+        if position >= norm_ratio.shape[1]:
+            continue
+        ratios = norm_ratio[:, position]
+        runs = layer_runs((ratios > thresholds.norm_ratio).tolist(), thresholds.bridge)
+        size = sum(ratios[a : b + 1].sum().item() for a, b in runs if b - a + 1 >= thresholds.min_lifetime)
+        if size > best_size:
+            best, best_size = position, size
+    return best
+
+
+def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thresholds) -> list[dict]:
+    """Sinks of one text by this package's definitions; see `Sinks` for the columns. Empty when there is no primary.
+
+    A phase of the primary is one run of its sink states. A sink whose run begins in a phase is "secondary" when it
+    begins strictly later than the phase, "primary-like" when in the same layer.
+    """
+    norm = torch.stack([clean.resid_post(layer).float().norm(dim=-1) for layer in range(len(clean.base))])
+    ratio = norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
+    primary = find_primary(ratio, thresholds)
+    if primary is None:
+        return []
+    geometry = geometry_of(clean, primary)
+    primary_state = geometry.norm_ratio[:, primary] > thresholds.norm_ratio
+    phases = [r for r in layer_runs(primary_state.tolist(), thresholds.bridge) if r[1] - r[0] + 1 >= thresholds.min_lifetime]
+    state: Bool[Tensor, "layer pos"] = (
+        (geometry.cosine > thresholds.cosine) & (geometry.norm_ratio > thresholds.norm_ratio) & primary_state[:, None]
+    )
+    scores = scores_of(clean, windows, min_queries=thresholds.min_queries).mean(dim=1)
+    ever = state.any(dim=0)
+    rows = []
+    for position in ever.nonzero().flatten().tolist():
+        for first, last in layer_runs(state[:, position].tolist(), thresholds.bridge):
+            if last - first + 1 < thresholds.min_lifetime:
+                continue
+            phase = max((p for p in phases if p[0] <= first), default=None)
+            if phase is None:
+                continue
+            kind = "primary" if position == primary else "secondary" if first > phase[0] else "primary-like"
+            life = slice(first, last + 1)
+            rows.append(
+                {
+                    "pos": position, "kind": kind, "l_start": first, "l_end": last, "lifetime": last - first + 1,
+                    "phase_start": phase[0], "primary_pos": primary,
+                    "cosine": geometry.cosine[life, position].mean().item(),
+                    "norm": geometry.norm[life, position].max().item(),
+                    "norm_ratio": geometry.norm_ratio[life, position].max().item(),
+                    **score_evidence(scores, position, first, last, ever, thresholds.neighbours),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def score_evidence(
+    scores: Float[Tensor, "layer pos"], position: int, first: int, last: int, ever_sink: Bool[Tensor, " pos"], neighbours: int
+) -> dict[str, float]:
+    """Mean score over the layers that read resid_post[first..last], and the median of ordinary tokens nearby."""
+    layers = slice(first + 1, min(last + 2, len(scores)))
+    own = scores[layers, position].mean().item() if first + 1 < len(scores) else float("nan")
+    low, high = max(0, position - neighbours), min(scores.shape[1], position + neighbours + 1)
+    ordinary = [p for p in range(low, high) if not ever_sink[p]]
+    around = scores[layers][:, ordinary].mean(dim=0)
+    around = around[around.isfinite()]
+    other = around.median().item() if len(around) else float("nan")
+    return {"score": own, "score_ordinary": other, "score_ratio": own / other if other > 0 else float("nan")}
+
+
+# --------------------------------------------------------------------------------------------------- official
+@dataclass(frozen=True)
+class OfficialResult:
+    """What the published procedure says of one text: the BOS sink, the layers looked at, and every candidate sink.
+
+    `layers[pos]`: the layers (ascending) in which |cos| with the BOS sink exceeds 0.9; `sink_type[pos]`: "secondary",
+    "bos_sink" or "noise".
+    """
+
+    bos: int
+    first_layer: int
+    last_layer: int
+    layers: dict[int, list[int]]
+    sink_type: dict[int, str]
+
+
+OFFICIAL_COSINE, OFFICIAL_NOISE, OFFICIAL_BOS_MARGIN = 0.9, 4, 15
+
+
+def official(hidden_states: Float[Tensor, "layer pos d_model"], first_positions: Sequence[int] = (0, 1)) -> OfficialResult:
+    """The published procedure on the outputs of every block (Wong et al., 2512.22213, and their code), exactly.
+
+    The BOS sink is the candidate of largest mean norm (the earliest of equals). With D the rises of its norm from layer
+    to layer, start = argmax D + 1 and end = start + 1 + argmin D[start:]; layers start <= l < end are looked at, or
+    `start` alone when the greatest rise is the last. A later token is a candidate in a layer when
+    |cos| > 0.9; with n such layers it is `secondary` for 4 < n < L - 15, `bos_sink` for n >= L - 15, else `noise`.
+    For L <= 20 nothing can be secondary. Raises InputError for fewer than 2 layers or no candidate in the text.
+    """
+    if hidden_states.ndim != 3 or hidden_states.shape[0] < 2:
+        raise InputError(f"hidden states of shape {tuple(hidden_states.shape)}: [layer >= 2, pos, d_model] is needed.")
+    n_layers, n_positions = hidden_states.shape[:2]
+    candidates = [p for p in first_positions if 0 <= p < n_positions]
+    if not candidates:
+        raise InputError(f"no candidate first position {tuple(first_positions)} lies in a text of {n_positions} tokens.")
+    hidden = hidden_states.float()
+    norms = hidden[:, candidates].norm(dim=-1)
+    bos = candidates[int(norms.mean(dim=0).argmax())]
+    rises = hidden[:, bos].norm(dim=-1).diff()
+    start = int(rises.argmax()) + 1
+    end = start + 1 + int(rises[start:].argmin()) if start < len(rises) else start + 1
+    layers: dict[int, list[int]] = {}
+    for layer in range(start, end):
+        cosines = torch.nn.functional.cosine_similarity(hidden[layer], hidden[layer, bos : bos + 1], dim=-1)
+        for position in (cosines[bos + 1 :].abs() > OFFICIAL_COSINE).nonzero().flatten().tolist():
+            layers.setdefault(bos + 1 + position, []).append(layer)
+    types = {position: official_type(len(found), n_layers) for position, found in layers.items()}
+    return OfficialResult(bos, start, end - 1, dict(sorted(layers.items())), dict(sorted(types.items())))
+
+
+def official_type(n_found: int, n_layers: int) -> str:
+    """`secondary` if 4 < n < L - 15, `bos_sink` if n >= L - 15, otherwise `noise`; in this order."""
+    if OFFICIAL_NOISE < n_found < n_layers - OFFICIAL_BOS_MARGIN:
+        return "secondary"
+    return "bos_sink" if n_found >= n_layers - OFFICIAL_BOS_MARGIN else "noise"
+
+
+def official_hidden_states(model, clean: CleanRun) -> Float[Tensor, "layer pos d_model"]:
+    """What the published code is fed: HF's `hidden_states[1:]`, whose last entry is after the final norm."""
+    adapter = adapt(model)
+    states = torch.stack([clean.resid_post(layer) for layer in range(adapter.n_layers)])
+    final = adapter.twin.final_norm if adapter.twin is not None else adapter.model.ln_final
+    with torch.no_grad():
+        states[-1] = final(states[-1:])[0]
+    return states
+
+
+def official_rows(model, clean: CleanRun, thresholds: Thresholds) -> list[dict]:
+    """The published procedure's sinks in the columns of `Sinks`; `l_start`, `l_end` are the outermost layers found."""
+    found = official(official_hidden_states(model, clean), thresholds.first_positions or (0, 1))
+    nan = float("nan")
+    scores = scores_of(clean, adapt(model).windows, min_queries=thresholds.min_queries).mean(dim=1)
+    ever = torch.zeros(clean.n_positions, dtype=torch.bool)
+    ever[[found.bos, *found.layers]] = True
+    return [
+        {
+            "pos": position, "kind": found.sink_type[position], "l_start": layers[0], "l_end": layers[-1], "lifetime": len(layers),
+            "phase_start": found.first_layer, "primary_pos": found.bos, "cosine": nan,
+            "norm": max(clean.resid_post(layer)[position].norm().item() for layer in layers), "norm_ratio": nan,
+            **score_evidence(scores, position, layers[0], layers[-1], ever, thresholds.neighbours),
+        }
+        for position, layers in found.layers.items()
+    ]  # fmt: skip

@@ -1,0 +1,138 @@
+"""Results: what every result carries (its manifest) and how files are written: whole or not at all, never pickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from sink_circuits.errors import ResultError
+
+FORMAT = 1
+"""Version of the file formats; files of another version are refused."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is needed to make a result again: model and weights, inputs, settings, versions, execution path."""
+
+    what: str
+    model: str
+    weights: str
+    dtype: str
+    tokens: str
+    n_prompts: int
+    path: str
+    settings: Mapping = field(default_factory=dict)
+    versions: Mapping = field(default_factory=dict)
+    format: int = FORMAT
+
+    @staticmethod
+    def of(adapter, tokens, *, what: str, path: str, thresholds=None, **settings) -> Manifest:
+        """The manifest of a result made with this model and these `Tokens`."""
+        if thresholds is not None:
+            settings["thresholds"] = dataclasses.asdict(thresholds)
+        versions = {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer-lens", "numpy", "pandas")
+        } | {"sink_circuits": _own_version()}  # fmt: skip
+        return Manifest(
+            what=what, model=adapter.name, weights=adapter.weights_hash, dtype=str(adapter.cfg.dtype).removeprefix("torch."),
+            tokens=tokens.hash, n_prompts=len(tokens), path=path, settings=json.loads(json.dumps(settings, default=str)), versions=versions,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(fields: Mapping) -> Manifest:
+        try:
+            manifest = Manifest(**fields)
+        except TypeError as error:
+            raise ResultError(f"the manifest of this file cannot be read ({error}): it was not written by this package.") from error
+        if manifest.format != FORMAT:
+            raise ResultError(f"this file has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it.")
+        return manifest
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("sink_circuits")
+    except importlib.metadata.PackageNotFoundError:
+        return "uninstalled"
+
+
+def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """Write a file under a temporary name beside `path` and move it there in one step, so that no half file is seen.
+
+    Raises ResultError when `path` exists (unless `overwrite`) or its folder cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ResultError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite).")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ResultError(f"{path} cannot be written ({error.strerror or error}): choose a folder with space and write permission.") from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table written by this package, with its metadata in `attrs`. Raises ResultError otherwise."""
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}): check the path.") from error
+    if "sink_circuits" not in frame.attrs or list(frame.columns) != list(columns):
+        raise ResultError(f"{path} is not a table of sinks written by this package: make it with Sinks.save or `sink-circuits detect`.")
+    return frame
+
+
+def write_dataset(path: Path, data: xr.Dataset, meta: Mapping, *, overwrite: bool = False) -> None:
+    """Named-axis arrays as one safetensors file; axes, coordinates and `meta` travel as JSON in its header."""
+    from safetensors.numpy import save_file
+
+    header = {
+        "sink_circuits": json.dumps(
+            {
+                "format": FORMAT, "meta": meta,
+                "dims": {str(name): list(array.dims) for name, array in data.data_vars.items()},
+                "coords": {str(name): coord.values.tolist() for name, coord in data.coords.items()},
+            }
+        )
+    }  # fmt: skip
+    arrays = {str(name): np.ascontiguousarray(array.values) for name, array in data.data_vars.items()}
+    write_whole(path, lambda temporary: save_file(arrays, temporary, metadata=header), overwrite=overwrite)
+
+
+def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
+    """What `write_dataset` wrote. Raises ResultError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            header = (file.metadata() or {}).get("sink_circuits")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ResultError(f"{path} cannot be read as a result ({error}): check the path, or make the result again.") from error
+    if header is None:
+        raise ResultError(f"{path} is a safetensors file but not a result of this package: check the path.")
+    fields = json.loads(header)
+    if fields["format"] != FORMAT:
+        raise ResultError(f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it.")
+    data = xr.Dataset({name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"])
+    return data, fields["meta"]
