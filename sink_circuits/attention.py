@@ -12,8 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK_FLOATS = 1 << 20
-"""Floats in one block of attention weights: 4 MiB, which stays in a core's cache (measured best of 2^18..2^23)."""
+BLOCK_FLOATS = 1 << 19
+"""Floats in one block of attention weights: 2 MiB, which stays in a core's cache (measured best of 2^18..2^22; twice
+that where a text is so long that the block would hold fewer than `2 * MIN_BLOCK_ROWS` rows)."""
+
+MIN_BLOCK_ROWS = 64
+"""Queries that a block should have before it takes in another key head."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +93,35 @@ def streamed_attention(
         sink_logits = form.sinks.float().reshape(1, n_key_heads, group, 1, 1)
         sink_logits = sink_logits.expand(batch, -1, -1, -1, -1).reshape(batch * n_key_heads, group, 1, 1)
 
-    blocks = list(query_blocks(n_query, offset, form.window, batch * n_heads))
-    size = max((stop - start) * (offset + stop - first) for start, stop, first in blocks) * batch * n_heads
+    # Few heads at a time where texts are long: a block of many queries makes the better matrix product.
+    n_flat = batch * n_key_heads
+    budget = max(BLOCK_FLOATS, 2 * MIN_BLOCK_ROWS * min(n_key, form.window or n_key))
+    slab = min(n_flat, max(1, budget // (group * MIN_BLOCK_ROWS * n_key)))
+    blocks = list(query_blocks(n_query, offset, form.window, budget / (slab * group)))
+    size = max((stop - start) * (offset + stop - first) for start, stop, first in blocks) * slab * group
     buffer = torch.empty(size, device=device)  # one block's scores, then its weights: reused, never freed in between
-    for start, stop, first in blocks:
-        rows, last = stop - start, offset + stop
-        width = last - first
-        weights = buffer[: batch * n_heads * rows * width].view(-1, group * rows, width)
-        torch.bmm(rows_query[:, :, start:stop].reshape(-1, group * rows, d_head), columns_key[:, :, first:last], out=weights)
-        by_head = weights.view(-1, group, rows, width)
-        if form.softcap is not None:
-            by_head.div_(form.softcap).tanh_().mul_(form.softcap)
-        mask_block(by_head, offset + start - first, form.window)
-        sink_share = softmax_(by_head, sink_logits)
-        out[:, :, start:stop] = torch.bmm(weights, rows_value[:, first:last]).view(-1, group, rows, d_value)
-        if chosen is not None:
-            note_chosen(by_head, sink_share, chosen - first, log_attention[:, :, start:stop], log_rest[:, :, start:stop])
-        if sums:
-            own = by_head.diagonal(offset=width - rows, dim1=-2, dim2=-1)
-            diagonal[:, :, start:stop] = own
-            own.zero_()  # before summing: subtracting it afterwards would cancel where a token mostly sees itself
-            later[:, :, first:last] += by_head.sum(dim=-2)
+    for low in range(0, n_flat, slab):
+        at = slice(low, min(low + slab, n_flat))
+        own_sinks = None if sink_logits is None else sink_logits[at]
+        for start, stop, first in blocks:
+            rows, last = stop - start, offset + stop
+            width, here = last - first, slice(start, stop)
+            queries = rows_query[at, :, here].reshape(-1, group * rows, d_head)
+            weights = buffer[: len(queries) * group * rows * width].view(-1, group * rows, width)
+            torch.bmm(queries, columns_key[at, :, first:last], out=weights)
+            by_head = weights.view(-1, group, rows, width)
+            if form.softcap is not None:
+                by_head.div_(form.softcap).tanh_().mul_(form.softcap)
+            mask_block(by_head, offset + start - first, form.window)
+            sink_share = softmax_(by_head, own_sinks)
+            out[at, :, here] = torch.bmm(weights, rows_value[at, first:last]).view(-1, group, rows, d_value)
+            if chosen is not None:
+                note_chosen(by_head, sink_share, chosen - first, log_attention[at, :, here], log_rest[at, :, here])
+            if sums:
+                own = by_head.diagonal(offset=width - rows, dim1=-2, dim2=-1)
+                diagonal[at, :, here] = own
+                own.zero_()  # before summing: subtracting it afterwards would cancel where a token mostly sees itself
+                later[at, :, first:last] += by_head.sum(dim=-2)
 
     def heads(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(batch, n_heads, *x.shape[2:])
@@ -118,14 +130,13 @@ def streamed_attention(
     return heads(out).transpose(1, 2).to(dtype), kept
 
 
-def query_blocks(n_query: int, offset: int, window: int | None, n_rows: int):
-    """Cut the queries into (start, stop, first visible key) so that a block's weights fit `BLOCK_FLOATS`."""
+def query_blocks(n_query: int, offset: int, window: int | None, budget: float):
+    """Cut the queries into (start, stop, first visible key) so that a block of rows * keys fits `budget`."""
     start = 0
     while start < n_query:
         first = 0 if window is None else max(0, offset + start - window + 1)
         visible = offset + start + 1 - first
         # rows * (visible + rows) <= budget, solved for rows
-        budget = BLOCK_FLOATS / n_rows
         rows = max(1, int((-visible + (visible**2 + 4 * budget) ** 0.5) / 2))
         stop = min(n_query, start + rows)
         yield start, stop, first
@@ -153,16 +164,19 @@ def softmax_(scores: Tensor, sink_logits: Tensor | None) -> Tensor | None:
 
 
 def note_chosen(weights, sink_share, chosen, log_attention, log_rest) -> None:
-    """Write log A[q, k] and log(1 - A[q, k]) of the chosen keys of one block, the latter as a sum over the others."""
+    """Write log A[q, k] and the log of all other keys' summed weights, for the chosen keys of one block.
+
+    The rest is 1 - A where A <= 0.9 (exact to 1e-6 of it) and a sum over the other keys where A is larger.
+    """
     width = weights.shape[-1]
     for index, key in enumerate(chosen.tolist()):
         if not 0 <= key < width:
             continue
-        own = weights[..., key].clone()
-        weights[..., key] = 0
-        rest = weights.sum(dim=-1)
-        weights[..., key] = own
-        if sink_share is not None:
-            rest += sink_share
+        own = weights[..., key]
+        rest = 1 - own
+        if (large := own > 0.9).any():
+            others = weights[large]
+            others[..., key] = 0
+            rest[large] = others.sum(dim=-1) if sink_share is None else others.sum(dim=-1) + sink_share.expand_as(own)[large]
         log_attention[..., index] = own.log()
         log_rest[..., index] = rest.log()
