@@ -25,7 +25,7 @@ from sink_circuits.interventions import Contribution, Edit, check_factor, replac
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import CleanRun, EditedRun, clean_loss, run_clean, run_edited
+from sink_circuits.runs import CleanRun, EditedRun, clean_loss, first_edit, run_clean, run_edited
 from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores
 
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -240,7 +240,7 @@ def _cells(rows: np.ndarray, plan: list[list[tuple[Edit, ...]]], n_labels: int, 
     if together:
         return [(_joined([e for r in rows for e in plan[r][k]]), [(int(r), k) for r in rows]) for k in range(n_labels)]
     cells = [(plan[r][k], [(int(r), k)]) for r in rows for k in range(n_labels)]
-    return sorted(cells, key=lambda cell: (_resume_layer(cell[0]), cell[1]))
+    return sorted(cells, key=lambda cell: (first_edit(cell[0]), cell[1]))
 
 
 def _joined(edits: list[Edit]) -> tuple[Edit, ...]:
@@ -251,19 +251,11 @@ def _joined(edits: list[Edit]) -> tuple[Edit, ...]:
     return tuple(seen.values())
 
 
-def _resume_layer(edits: Sequence[Edit]) -> int:
-    return min((edit.layer for edit in edits), default=-1)
-
-
-def _first_position(edits: Sequence[Edit]) -> int:
-    return min((p for edit in edits for p in edit.positions), default=0)
-
-
 def _chunks(cells: list, size: int):
     """Runs of cells that resume at one layer and position, at most `size` long: their rows share a batch."""
     chunk: list = []
     for cell in cells:
-        same = chunk and (_resume_layer(chunk[0][0]), _first_position(chunk[0][0])) == (_resume_layer(cell[0]), _first_position(cell[0]))
+        same = chunk and first_edit(chunk[0][0]) == first_edit(cell[0])
         if chunk and (not same or len(chunk) >= size):
             yield chunk
             chunk = []
@@ -280,7 +272,7 @@ def _row_budget(adapter: Adapter, n_positions: int) -> int:
 def _note_run(arrays, members, table, clean: CleanRun, run: EditedRun, edits: Sequence[Edit], adapter: Adapter, min_queries: int) -> None:
     for sink, label in members:
         _note(arrays, label, [sink], table, clean, run.columns, run.loss, adapter, min_queries, run.resid_post_chosen)
-        arrays["first_layer"][1][sink, label] = _resume_layer(edits)
+        arrays["first_layer"][1][sink, label] = first_edit(edits)[0]
         arrays["last_edited"][1][sink, label] = max((edit.layer for edit in edits), default=-1)
 
 

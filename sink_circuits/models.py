@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sink_circuits.attention import AttentionForm
 from sink_circuits.errors import ModelError
-from sink_circuits.twin import Twin, TwinRefused, fingerprint
+from sink_circuits.twin import Twin, TwinRefused, fingerprint, plain_module
 
 CHECK_TOKENS = 24
 """Tokens of the text on which a model is checked: long enough for every block to mix positions, short enough to cost nothing."""
@@ -75,6 +75,13 @@ class Adapter:
     def windows(self) -> tuple[int | None, ...]:
         """Sliding window of each layer: a query sees a key when `query - key < window`; None sees all."""
         return tuple(form.window for form in self.forms)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """True for mixtures of experts: an expert multiplies the tokens of all rows in one product, so that a row's last
+        bits depend on the others; such rows are run one by one."""
+        config = getattr(getattr(self.model, "original_model", None), "config", self.cfg)
+        return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +145,7 @@ def _make_adapter(model) -> Adapter:
                     f"attention patterns and MLP outputs; see the table of supported architectures."
                 )
     processed = find_processing(model, backend)
-    parallel = f"blocks.0.hook_resid_mid" not in model.hook_dict or bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    parallel = "blocks.0.hook_resid_mid" not in model.hook_dict
     twin, refusal = None, ""
     if backend == "hooked":
         refusal = "HookedTransformer has no Hugging Face module behind it"
@@ -151,7 +158,7 @@ def _make_adapter(model) -> Adapter:
             refusal = str(error)
     draft = Adapter(model, backend, twin, refusal, processed, parallel, (), ())
     reference = _reference_pass(draft)
-    checks = _check_reference(draft, reference)
+    checks = _check_reference(draft, reference) + (_check_plain(model, reference) if backend == "bridge" and not processed else ())
     for check in checks:
         if not check.passed:
             raise ModelError(
@@ -165,7 +172,7 @@ def _make_adapter(model) -> Adapter:
             failed = [c for c in twin_checks if not c.passed]
             if failed:
                 twin, refusal = None, f"{failed[0].name}: error {failed[0].error:.2g} above {failed[0].limit:.2g}"
-        except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # whatever an unforeseen architecture does, the reference path serves, and says why
             twin, refusal = None, f"{type(error).__name__}: {error}"
     if not forms:
         forms = tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers))
@@ -288,6 +295,20 @@ def _check_reference(adapter: Adapter, reference: _Reference) -> tuple[Check, ..
 
 
 @torch.no_grad()
+def _check_plain(model, reference: _Reference) -> tuple[Check, ...]:
+    """The bridge against the plain Hugging Face forward pass with the same parameters, where that can be built."""
+    try:
+        plain = plain_module(model, "eager")
+        logits = plain(input_ids=reference.tokens[None], use_cache=False).logits
+    except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        warnings.warn(f"the plain Hugging Face forward pass could not be run beside the bridge ({error}).", stacklevel=2)
+        return ()
+    error = relative_error(reference.logits.float().log_softmax(-1), logits.float().log_softmax(-1))
+    remedy = "this TransformerLens version computes the architecture wrongly: use another version, or another model."
+    return (Check("log-probabilities equal plain Hugging Face's", error, TOLERANCES.get(logits.dtype, 2e-4), remedy),)
+
+
+@torch.no_grad()
 def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[AttentionForm, ...], tuple[Check, ...]]:
     twin, limit = adapter.twin, TOLERANCES.get(reference.logits.dtype, 2e-4)
     inputs = twin.block_inputs(reference.tokens)
@@ -307,7 +328,7 @@ def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[Attentio
         Check("fast path: resid_post of every block", max(errors), limit, remedy),
         Check("fast path: base + contribution == resid_post", max(parts), limit, remedy),
         Check("fast path: attention received", max(sums), max(limit, 1e-3), remedy),
-        Check("log-probabilities equal plain Hugging Face's", log_probs, limit, remedy),
+        Check("fast path: log-probabilities", log_probs, limit, remedy),
     )
 
 

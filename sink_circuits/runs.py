@@ -293,10 +293,41 @@ def run_edited(
         if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
     last_layer = adapter.n_layers - 1 if last_layer is None or loss else last_layer
-    resolved = resolve_path(adapter, path)
-    if resolved == "fast" and clean.inputs is not None:
-        return _edited_fast(adapter, clean, rows, last_layer, loss)
-    return _edited_reference(adapter, clean, rows, loss)
+    fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
+    runs: list[EditedRun | None] = [None] * len(rows)
+    for members in batches(rows, alone=adapter.mixes_rows):
+        batch = [rows[i] for i in members]
+        made = _edited_fast(adapter, clean, batch, last_layer, loss) if fast else _edited_reference(adapter, clean, batch, loss)
+        for i, run in zip(members, made, strict=True):
+            runs[i] = run
+    return runs
+
+
+def first_edit(edits: Sequence[Edit]) -> tuple[int, int]:
+    """(first edited layer, first edited position) of one run: nothing below the one or before the other can change.
+
+    (-1, 0) when nothing is edited.
+    """
+    return min((e.layer for e in edits), default=-1), min((p for e in edits for p in e.positions), default=0)
+
+
+def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[list[int]]:
+    """Indices of the rows that share a batch: those that resume at one layer and position.
+
+    So every cell that cannot change is the clean one by construction. Unedited rows join the largest batch. `alone`:
+    one row per batch.
+    """
+    if alone:
+        return [[index] for index in range(len(rows))]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, edits in enumerate(rows):
+        if edits:
+            groups.setdefault(first_edit(edits), []).append(index)
+    unedited = [index for index, edits in enumerate(rows) if not edits]
+    if unedited:
+        largest = max(groups.values(), key=len) if groups else groups.setdefault((-1, 0), [])
+        largest += unedited
+    return [sorted(group) for group in groups.values()]
 
 
 def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]) -> Callable[[Tensor], Tensor] | None:
@@ -316,9 +347,8 @@ def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter:
 
 
 def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], last_layer: int, loss: bool) -> list[EditedRun]:
-    edits = [edit for row in rows for edit in row]
-    first_layer = min((edit.layer for edit in edits), default=-1)
-    start = min((p for edit in edits for p in edit.positions), default=0) if clean.keys is not None else 0
+    first_layer, start = first_edit([edit for row in rows for edit in row])
+    start = start if clean.keys is not None else 0
     counter = [0]
     if first_layer < 0:
         resid = clean.inputs.embed.expand(len(rows), -1, -1)
@@ -330,8 +360,7 @@ def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]]
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
     log_rest = [clean.columns.log_rest.clone() for _ in rows]
     chosen_now = [(i, p - start) for i, p in enumerate(chosen) if p >= start]
-    resid_chosen = torch.stack([clean.resid_post(layer)[list(chosen)] for layer in range(adapter.n_layers)])
-    resid_chosen = resid_chosen.expand(len(rows), -1, -1, -1).clone()
+    resid_chosen = _resid_chosen(clean).expand(len(rows), -1, -1, -1).clone()
 
     def note_residual(layer: int, resid: Tensor) -> None:
         for i, position in chosen_now:
@@ -362,9 +391,25 @@ def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]]
         for row in range(len(rows)):
             own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
             losses[row] = own if clean_loss is None else torch.cat([clean_loss[:start], own])
-    return [
-        EditedRun(row, Columns(chosen, log_attention[i], log_rest[i]), resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)
-    ]
+    unchanged_before = first_edit([edit for row in rows for edit in row])[1]  # `start`, unless the prefix had to be run again
+    columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
+    columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
+    return [EditedRun(row, columns[i], resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)]
+
+
+def _resid_chosen(clean: CleanRun) -> Float[Tensor, "layer chosen d_model"]:
+    return torch.stack([clean.resid_post(layer)[list(clean.columns.chosen)] for layer in range(len(clean.base))])
+
+
+def _unchanged_from(clean: Columns, edited: Columns, first_layer: int, start: int) -> Columns:
+    """`edited`, with the clean values where nothing can have changed: layers up to the first edited, queries before it."""
+    tensors = []
+    for own, new in ((clean.log_attention, edited.log_attention), (clean.log_rest, edited.log_rest)):
+        joined = new.clone()
+        joined[: first_layer + 1] = own[: first_layer + 1]
+        joined[:, :, :start] = own[:, :, :start]
+        tensors.append(joined)
+    return Columns(clean.chosen, *tensors)
 
 
 def _edited_reference(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], loss: bool) -> list[EditedRun]:
@@ -387,19 +432,20 @@ def _edited_reference(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, 
         hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
     tokens = clean.tokens.expand(len(rows), -1)
     final = adapter.model.run_with_hooks(tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers}))
+    first_layer, start = first_edit([edit for row in rows for edit in row])
+    clean_resid = _resid_chosen(clean)
     expected = sum(len(row) for row in rows)
     if counter[0] != expected:
         raise InputError(f"{expected} edits were asked for and {counter[0]} fired: hook_mlp_out is dead in this model.")
     out = []
     for index, row in enumerate(rows):
-        first_layer = min((edit.layer for edit in row), default=-1)
         columns = _columns(chosen, [tap.attention for tap in taps], index)
         resid = torch.stack([residuals[layer][index] for layer in layers])
-        if row:  # layers up to the edited one cannot have changed: exact, not only to the kernels' rounding
-            columns.log_attention[: first_layer + 1] = clean.columns.log_attention[: first_layer + 1]
-            columns.log_rest[: first_layer + 1] = clean.columns.log_rest[: first_layer + 1]
-            for layer in range(first_layer):
-                resid[layer] = clean.resid_post(layer)[list(chosen)]
+        # Cells that cannot have changed hold the clean values: exact, not only to the kernels' rounding.
+        columns = _unchanged_from(clean.columns, columns, first_layer, start)
+        before = [i for i, position in enumerate(chosen) if position < start]
+        resid[:, before] = clean_resid[:, before]
+        resid[: max(first_layer, 0)] = clean_resid[: max(first_layer, 0)]
         row_loss = _loss_of_logits(final[index], clean.tokens) if loss else None
         out.append(EditedRun(row, columns, resid, row_loss, "reference"))
     return out

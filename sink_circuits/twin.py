@@ -8,6 +8,8 @@ the bridge when a model is adapted (`sink_circuits.models`); where it cannot ser
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,48 +111,32 @@ class Twin:
     attentions: list[nn.Module]
     final_norm: nn.Module
     parallel: bool
-    fingerprint: tuple
+    argument_names: tuple[str, ...]
     taps: list[Tap] = field(default_factory=list)
 
     @staticmethod
     def of_bridge(bridge) -> Twin:
         """Rebuild the bridge's Hugging Face model around the very same parameters. Raises TwinRefused with the reason."""
-        original = bridge.original_model
-        config = copy.deepcopy(original.config)
-        plain = _plain_names(dict(original.named_parameters(remove_duplicate=False)))
-        plain_buffers = _plain_names(dict(original.named_buffers(remove_duplicate=False)))
-        try:
-            with torch.device("meta"):
-                module = type(original)._from_config(config, attn_implementation=ATTENTION_NAME, dtype=bridge.cfg.dtype)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise TwinRefused(f"{type(original).__name__} does not take an attention function: {error}") from error
-        for name, tensors in (("parameter", plain), ("buffer", plain_buffers)):
-            own = module.named_parameters if name == "parameter" else module.named_buffers
-            for path, old in list(own(remove_duplicate=False)):
-                if path not in tensors or tensors[path].shape != old.shape:
-                    raise TwinRefused(f"{name} {path} of the plain model is not in the bridge")
-                parent, _, leaf = path.rpartition(".")
-                getattr(module.get_submodule(parent), "_parameters" if name == "parameter" else "_buffers")[leaf] = tensors[path]
-        module.eval()
+        module = plain_module(bridge, ATTENTION_NAME)
         parts = bridge.adapter.component_mapping
-        block = parts["blocks"].submodules
         blocks = module.get_submodule(parts["blocks"].name)
-        writer = block["ln2_post"] if "ln2_post" in block else block["mlp"]
-        reader = block["ln2"] if "ln2" in block else block["mlp"]
-        if "attn" not in block or writer.name is None or reader.name is None:
-            raise TwinRefused("the bridge does not name the attention and MLP of a block")
-        attn_writer = block["ln1_post"] if "ln1_post" in block else block["attn"]
+        writer, side = _place(bridge, "hook_mlp_out")
+        attn_writer, attn_side = _place(bridge, "hook_attn_out")
+        parallel = "blocks.0.hook_resid_mid" not in bridge.hook_dict
+        reader, reader_side = (attn_writer, "in") if parallel else _place(bridge, "hook_resid_mid")
+        if (side, attn_side, reader_side) != ("out", "out", "in"):
+            raise TwinRefused("the bridge's residual hooks do not stand at the outputs of attention and MLP")
         twin = Twin(
             module=module,
             blocks=blocks,
-            contributions=[b.get_submodule(writer.name) for b in blocks],
-            readers=[b.get_submodule(reader.name) for b in blocks],
-            attentions=[b.get_submodule(attn_writer.name) for b in blocks],
+            contributions=[b.get_submodule(writer) for b in blocks],
+            readers=[b.get_submodule(reader) for b in blocks],
+            attentions=[b.get_submodule(attn_writer) for b in blocks],
             final_norm=module.get_submodule(parts["ln_final"].name),
-            parallel=bool(getattr(bridge.cfg, "parallel_attn_mlp", False)),
-            fingerprint=fingerprint(bridge),
+            parallel=parallel,
+            argument_names=tuple(inspect.signature(type(blocks[0]).forward).parameters)[1:],
         )
-        twin._install_taps(block["attn"].name)
+        twin._install_taps(parts["blocks"].submodules["attn"].name)
         return twin
 
     def _install_taps(self, attn_name: str) -> None:
@@ -158,7 +144,8 @@ class Twin:
             tap = Tap()
             self.taps.append(tap)
             block.get_submodule(attn_name).sink_circuits_tap = tap
-            self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
+            if not self.parallel:
+                self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
             self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _keep(tap, "attn_out", out))
             self.contributions[index].register_forward_hook(lambda m, args, out, tap=tap: _contribute(tap, out))
 
@@ -168,11 +155,9 @@ class Twin:
         embed: list[Tensor] = []
 
         def note(block, args, kwargs):
-            if len(args) > 1:
-                raise TwinRefused("the blocks take more than the residual stream by position")
-            hidden = args[0] if args else kwargs["hidden_states"]
-            embed.append(hidden)
-            seen.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")})
+            given = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
+            embed.append(given.pop(self.argument_names[0]))
+            seen.append({k: v for k, v in given.items() if k not in ("past_key_values", "layer_past", "use_cache")})
             return args, kwargs
 
         with _skipped(self.blocks), _hooked(self.blocks, note):
@@ -216,6 +201,39 @@ class Twin:
 def fingerprint(model: nn.Module) -> tuple:
     """Changes when a parameter is replaced or written to: a twin made before that no longer speaks for the model."""
     return tuple((p.data_ptr(), p._version) for p in model.parameters())
+
+
+def plain_module(bridge, attn_implementation: str) -> nn.Module:
+    """The bridge's Hugging Face model as plain modules around the bridge's own parameters; nothing is copied.
+
+    Raises TwinRefused when the architecture does not take the attention implementation, or a tensor is missing.
+    """
+    original = bridge.original_model
+    try:
+        with torch.device("meta"):
+            module = type(original)._from_config(
+                copy.deepcopy(original.config), attn_implementation=attn_implementation, dtype=bridge.cfg.dtype
+            )
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise TwinRefused(f"{type(original).__name__} does not take attention function {attn_implementation!r} ({error})") from error
+    for kind in ("parameters", "buffers"):
+        tensors = _plain_names(dict(getattr(original, f"named_{kind}")(remove_duplicate=False)))
+        for path, old in list(getattr(module, f"named_{kind}")(remove_duplicate=False)):
+            if path not in tensors or tensors[path].shape != old.shape:
+                raise TwinRefused(f"{path} of the plain model is not in the bridge")
+            parent, _, leaf = path.rpartition(".")
+            getattr(module.get_submodule(parent), f"_{kind}")[leaf] = tensors[path]
+    return module.eval()
+
+
+def _place(bridge, hook: str) -> tuple[str, str]:
+    """Where a hook of a block stands: (name of the Hugging Face submodule within the block, "in" or "out")."""
+    point = bridge.hook_dict.get(f"blocks.0.{hook}")
+    match = re.fullmatch(r"blocks\.0\.(\w+)\.hook_(in|out)", point.name or "") if point is not None else None
+    component = bridge.adapter.component_mapping["blocks"].submodules.get(match[1]) if match else None
+    if component is None or component.name is None:
+        raise TwinRefused(f"blocks.0.{hook} does not stand at a named part of the block")
+    return component.name, match[2]
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
