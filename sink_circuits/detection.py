@@ -228,6 +228,7 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
     begins strictly later than the phase, "primary-like" when in the same layer.
     """
     norm = torch.stack([clean.resid_post(layer).float().norm(dim=-1) for layer in range(len(clean.base))])
+    _check_finite(norm)
     ratio = norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
     primary = find_primary(ratio, thresholds)
     if primary is None:
@@ -261,6 +262,13 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
                 }
             )  # fmt: skip
     return rows
+
+
+def _check_finite(norm: Float[Tensor, "layer pos"]) -> None:
+    """Half precision overflows at massive activations; NaN compares as False and would look like "no sinks"."""
+    if not norm.isfinite().all():
+        layer, position = (~norm.isfinite()).nonzero()[0].tolist()
+        raise InputError(f"the residual stream of layer {layer} is not finite at position {position}: load the model in float32.")
 
 
 def score_evidence(
@@ -303,7 +311,8 @@ def official(hidden_states: Float[Tensor, "layer pos d_model"], first_positions:
     to layer, start = argmax D + 1 and end = start + 1 + argmin D[start:]; layers start <= l < end are looked at, or
     `start` alone when the greatest rise is the last. A later token is a candidate in a layer when
     |cos| > 0.9; with n such layers it is `secondary` for 4 < n < L - 15, `bos_sink` for n >= L - 15, else `noise`.
-    For L <= 20 nothing can be secondary. Raises InputError for fewer than 2 layers or no candidate in the text.
+    For L <= 20 nothing can be secondary. Raises InputError for fewer than 2 layers, no candidate in the text, or values
+    that are not finite.
     """
     if hidden_states.ndim != 3 or hidden_states.shape[0] < 2:
         raise InputError(f"hidden states of shape {tuple(hidden_states.shape)}: [layer >= 2, pos, d_model] is needed.")
@@ -312,6 +321,7 @@ def official(hidden_states: Float[Tensor, "layer pos d_model"], first_positions:
     if not candidates:
         raise InputError(f"no candidate first position {tuple(first_positions)} lies in a text of {n_positions} tokens.")
     hidden = hidden_states.float()
+    _check_finite(hidden.norm(dim=-1))
     norms = hidden[:, candidates].norm(dim=-1)
     bos = candidates[int(norms.mean(dim=0).argmax())]
     rises = hidden[:, bos].norm(dim=-1).diff()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class Edit:
     parameter: float | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "positions", tuple(int(p) for p in self.positions))
+        object.__setattr__(self, "positions", _positions(self.positions))
+        object.__setattr__(self, "layer", _whole(self.layer, "layer"))
         if not self.positions:
             raise InputError(f"edit {self.name!r} of layer {self.layer} names no positions: give at least one.")
         if len(set(self.positions)) < len(self.positions):
@@ -84,7 +86,15 @@ class Edit:
 
 
 def _positions(positions: int | Sequence[int]) -> tuple[int, ...]:
-    return (positions,) if isinstance(positions, int) else tuple(positions)
+    single = isinstance(positions, str) or not hasattr(positions, "__iter__") or getattr(positions, "ndim", 1) == 0
+    return tuple(_whole(p, "position") for p in ([positions] if single else positions))
+
+
+def _whole(value, what: str) -> int:
+    try:
+        return operator.index(value)  # also integers of numpy and torch
+    except TypeError as error:
+        raise InputError(f"{what} {value!r} is not a whole number: whole numbers, counted from 0, are needed.") from error
 
 
 def zero(layer: int, positions: int | Sequence[int]) -> Edit:

@@ -78,6 +78,8 @@ class PromptSet(Sequence):
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise InputError("this model has no tokenizer: pass token ids (LongTensor [pos]) instead of texts.")
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens = {max_tokens}: at least 1.")
         ids = []
         for prompt in self.prompts:
             if not prompt.text.strip():
@@ -129,7 +131,7 @@ def _read_file(path: Path) -> list[Prompt]:
 
 def _parse_lines(text: str, where: str) -> list[Prompt]:
     prompts: list[Prompt] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): texts may hold U+2028 and its like
         if not line.strip():
             continue
         try:
@@ -139,7 +141,7 @@ def _parse_lines(text: str, where: str) -> list[Prompt]:
                 raise TypeError("the text is not a string")
         except (ValueError, StopIteration, TypeError, AttributeError) as error:
             raise InputError(
-                f"{where}, line {number}: not a JSON object with a `text` ({error or 'no text'}); mend or remove the line."
+                f"{where}, line {number}: not a JSON object with a `text` ({str(error) or 'no text'}); mend or remove the line."
             ) from error
         prompts.append(Prompt(str(record.get("id", f"line-{number}")), str(record.get("kind", "text")), body))
     if not prompts:
@@ -160,6 +162,8 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
         tokens = PromptSet((Prompt("text", "text", tokens),))
     if isinstance(tokens, Sequence) and not isinstance(tokens, Tokens | PromptSet) and tokens and isinstance(tokens[0], str):
         tokens = PromptSet(tuple(Prompt(f"text-{i}", "text", t) for i, t in enumerate(tokens)))
+    if attention_mask is not None and not isinstance(tokens, Tensor):
+        raise InputError("attention_mask belongs to tokens of shape [batch, pos]: leave it out, texts and lists are not padded.")
     if isinstance(tokens, PromptSet):
         return tokens.tokens(model)
     if isinstance(tokens, Tokens):
@@ -176,10 +180,10 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     cfg, device = model.cfg, next(model.parameters()).device
     checked = []
     for index, row in enumerate(rows):
+        if row.ndim == 1 and len(row) == 0:
+            raise InputError(f"prompt {index} is empty: give it at least one token.")
         if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise InputError(f"prompt {index}: tokens have shape {tuple(row.shape)} and type {row.dtype}; integers of shape [pos] are needed.")
-        if len(row) == 0:
-            raise InputError(f"prompt {index} is empty: give it at least one token.")
         if len(row) > cfg.n_ctx:
             raise InputError(f"prompt {index} has {len(row)} tokens, the model's context {cfg.n_ctx}: shorten it (max_tokens=).")
         if row.min() < 0 or row.max() >= cfg.d_vocab:
@@ -198,7 +202,7 @@ def _unpadded(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     if attention_mask.shape != tokens.shape:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, tokens {tuple(tokens.shape)}: they must agree.")
     mask = attention_mask.bool()
-    if (mask[:, 1:] != mask[:, :-1]).sum(-1).max() > 1:
+    if ((mask[:, 1:] != mask[:, :-1]).sum(-1) > 1).any():
         raise InputError("attention_mask has holes: only padding on the left or on the right is supported.")
     return [row[keep] for row, keep in zip(tokens, mask, strict=True)]
 

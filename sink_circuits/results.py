@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,9 +76,10 @@ def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = 
 
     Raises ResultError when `path` exists (unless `overwrite`) or its folder cannot be written.
     """
+    from safetensors import SafetensorError  # what its writer raises for a full disk
+
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ResultError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite).")
+    check_target(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,10 +87,30 @@ def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = 
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise ResultError(f"{path} cannot be written ({error.strerror or error}): choose a folder with space and write permission.") from error
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def check_target(path: str | Path, *, overwrite: bool = False) -> None:
+    """Before long work: can a result be written at `path`? Leaves nothing behind. Raises ResultError if not."""
+    path = Path(path)
+    if path.is_dir():
+        raise ResultError(f"{path} is a folder: name a file in it.")
+    if path.exists() and not overwrite:
+        raise ResultError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite).")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> ResultError:
+    reason = getattr(error, "strerror", None) or error
+    return ResultError(f"{path} cannot be written ({reason}): choose a folder with space and write permission.")
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -131,8 +153,11 @@ def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
         raise ResultError(f"{path} cannot be read as a result ({error}): check the path, or make the result again.") from error
     if header is None:
         raise ResultError(f"{path} is a safetensors file but not a result of this package: check the path.")
-    fields = json.loads(header)
-    if fields["format"] != FORMAT:
-        raise ResultError(f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it.")
-    data = xr.Dataset({name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"])
-    return data, fields["meta"]
+    try:
+        fields = json.loads(header)
+        if fields["format"] != FORMAT:
+            raise ResultError(f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it.")
+        data = xr.Dataset({name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"])
+        return data, fields["meta"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ResultError(f"{path} has a header that cannot be read ({error!r}): make the result again.") from error

@@ -273,13 +273,12 @@ def _attention_input(have: set[str], layer: int, letter: str) -> str | None:
 
 @torch.no_grad()
 def run_edited(
-    model, clean: CleanRun, rows: Sequence[Sequence[Edit]], *, last_layer: int | None = None, loss: bool = False, path: str = "auto"
+    model, clean: CleanRun, rows: Sequence[Sequence[Edit]], *, loss: bool = False, path: str = "auto"
 ) -> list[EditedRun]:  # fmt: skip
     """Run several edits of one text as the rows of one batch; an empty row is an unedited one.
 
     `clean` must hold the columns of the keys to measure (`run_clean(..., chosen=...)`), edited positions among them or
-    not. Layers above `last_layer` are not run (they keep the clean values) unless a loss is asked for.
-    Raises InputError for a layer or position out of range, before anything is run.
+    not. Raises InputError for a layer or position out of range, before anything is run.
     """
     adapter = adapt(model)
     rows = [tuple(row) for row in rows]
@@ -292,12 +291,12 @@ def run_edited(
             edit.check(adapter.n_layers, clean.n_positions)
         if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
-    last_layer = adapter.n_layers - 1 if last_layer is None or loss else last_layer
     fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
     runs: list[EditedRun | None] = [None] * len(rows)
-    for members in batches(rows, alone=adapter.mixes_rows):
+    for resume, members in batches(rows, alone=adapter.mixes_rows):
         batch = [rows[i] for i in members]
-        made = _edited_fast(adapter, clean, batch, last_layer, loss) if fast else _edited_reference(adapter, clean, batch, loss)
+        make = _edited_fast if fast else _edited_reference
+        made = make(adapter, clean, batch, resume, loss)
         for i, run in zip(members, made, strict=True):
             runs[i] = run
     return runs
@@ -311,23 +310,23 @@ def first_edit(edits: Sequence[Edit]) -> tuple[int, int]:
     return min((e.layer for e in edits), default=-1), min((p for e in edits for p in e.positions), default=0)
 
 
-def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[list[int]]:
-    """Indices of the rows that share a batch: those that resume at one layer and position.
+def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[tuple[tuple[int, int], list[int]]]:
+    """(resume point, indices of the rows that share a batch): those whose first edited layer and position are the same.
 
     So every cell that cannot change is the clean one by construction. Unedited rows join the largest batch. `alone`:
-    one row per batch.
+    one row per batch, each at the same resume point as it would have had in company.
     """
-    if alone:
-        return [[index] for index in range(len(rows))]
     groups: dict[tuple[int, int], list[int]] = {}
     for index, edits in enumerate(rows):
         if edits:
             groups.setdefault(first_edit(edits), []).append(index)
     unedited = [index for index, edits in enumerate(rows) if not edits]
     if unedited:
-        largest = max(groups.values(), key=len) if groups else groups.setdefault((-1, 0), [])
+        largest = max(groups.values(), key=len) if groups else groups.setdefault(first_edit(()), [])
         largest += unedited
-    return [sorted(group) for group in groups.values()]
+    if alone:
+        return [(resume, [index]) for resume, group in groups.items() for index in group]
+    return [(resume, sorted(group)) for resume, group in groups.items()]
 
 
 def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]) -> Callable[[Tensor], Tensor] | None:
@@ -346,15 +345,18 @@ def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter:
     return function
 
 
-def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], last_layer: int, loss: bool) -> list[EditedRun]:
-    first_layer, start = first_edit([edit for row in rows for edit in row])
-    start = start if clean.keys is not None else 0
+def _edited_fast(
+    adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], resume: tuple[int, int], loss: bool
+) -> list[EditedRun]:  # fmt: skip
+    first_layer, unchanged_before = resume
+    start = unchanged_before if clean.keys is not None else 0  # without keys to reuse, the prefix is run again
     counter = [0]
     if first_layer < 0:
         resid = clean.inputs.embed.expand(len(rows), -1, -1)
     else:
         contribution = clean.contribution[first_layer, start:].expand(len(rows), -1, -1)
-        resid = clean.base[first_layer, start:] + _row_edit(rows, first_layer, start, counter)(contribution)
+        edit = _row_edit(rows, first_layer, start, counter) or (lambda unedited: unedited)
+        resid = clean.base[first_layer, start:] + edit(contribution)
     functions = {layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))}
     chosen = clean.columns.chosen
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
@@ -372,7 +374,7 @@ def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]]
     def prefix(layer: int) -> tuple[Tensor, Tensor]:
         return clean.keys[layer][:, :, :start], clean.values[layer][:, :, :start]
 
-    layers = range(first_layer + 1, last_layer + 1)
+    layers = range(first_layer + 1, adapter.n_layers)
     for run in adapter.twin.run(
         resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions
     ):  # fmt: skip
@@ -382,7 +384,7 @@ def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]]
             log_rest[row][run.layer, :, start:] = run.tap.attention.log_rest[row].clamp(min=log_tiny)
         note_residual(run.layer, run.resid_post)
         resid = run.resid_post
-    expected = sum(1 for row in rows for edit in row if edit.layer <= last_layer)
+    expected = sum(len(row) for row in rows)
     if counter[0] != expected:
         raise TwinRefused(f"{expected} edits were asked for and {counter[0]} were made: report this model.")
     losses: list[Tensor | None] = [None] * len(rows)
@@ -391,7 +393,6 @@ def _edited_fast(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]]
         for row in range(len(rows)):
             own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
             losses[row] = own if clean_loss is None else torch.cat([clean_loss[:start], own])
-    unchanged_before = first_edit([edit for row in rows for edit in row])[1]  # `start`, unless the prefix had to be run again
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
     columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
     return [EditedRun(row, columns[i], resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)]
@@ -412,7 +413,9 @@ def _unchanged_from(clean: Columns, edited: Columns, first_layer: int, start: in
     return Columns(clean.chosen, *tensors)
 
 
-def _edited_reference(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], loss: bool) -> list[EditedRun]:
+def _edited_reference(
+    adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], resume: tuple[int, int], loss: bool
+) -> list[EditedRun]:  # fmt: skip
     layers = range(adapter.n_layers)
     chosen = clean.columns.chosen
     taps = [_PatternTap(chosen, _learned_sinks(adapter)) for _ in layers]
@@ -432,7 +435,7 @@ def _edited_reference(adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, 
         hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
     tokens = clean.tokens.expand(len(rows), -1)
     final = adapter.model.run_with_hooks(tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers}))
-    first_layer, start = first_edit([edit for row in rows for edit in row])
+    first_layer, start = resume
     clean_resid = _resid_chosen(clean)
     expected = sum(len(row) for row in rows)
     if counter[0] != expected:

@@ -40,7 +40,7 @@ class SinkScores:
             index = pd.MultiIndex.from_product([range(n) for n in scores.shape], names=["layer", "head", "pos"])
             frame = pd.DataFrame({"score": scores.reshape(-1).cpu().numpy()}, index=index).reset_index()
             frame.insert(0, "prompt", name)
-            frame["token_id"] = ids.cpu().numpy()[frame["pos"]]
+            frame.insert(4, "token_id", ids.cpu().numpy()[frame["pos"]])
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
@@ -58,6 +58,7 @@ def sink_scores(
     `inclusive`: count the query at the key itself too (Gu et al.'s alpha). Values lie in [0, 1] or are NaN.
     Raises InputError for tokens that do not fit the model, CacheError for a cache that misses hooks.
     """
+    check_min_queries(min_queries)
     tokens = as_tokens(model, tokens, attention_mask)
     windows = adapt(model).windows
     scores = []
@@ -71,11 +72,15 @@ def scores_of(
     clean: CleanRun, windows: Sequence[int | None], *, inclusive: bool = False, min_queries: int = MIN_QUERIES
 ) -> Float[Tensor, "layer head key"]:
     """Scores of all positions from a clean run's attention sums."""
-    if min_queries < 1:
-        raise InputError(f"min_queries = {min_queries}: at least 1, a mean over no queries is undefined.")
+    check_min_queries(min_queries)
     sums = clean.later + clean.diagonal if inclusive else clean.later
     counts = query_counts(clean.n_positions, windows, device=sums.device) + int(inclusive)
     return (sums / counts[:, None]).masked_fill(counts[:, None] < min_queries, torch.nan)
+
+
+def check_min_queries(min_queries: int) -> None:
+    if min_queries < 1:
+        raise InputError(f"min_queries = {min_queries}: at least 1, a mean over no queries is undefined.")
 
 
 def query_counts(n_positions: int, windows: Sequence[int | None], device=None) -> Float[Tensor, "layer key"]:
