@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,9 +78,9 @@ def streamed_attention(
     dtype, device = query.dtype, query.device
     d_value = value.shape[-1]
     # The query heads of one key head become rows of one matrix: keys and values are never repeated.
-    rows_query = query.float().reshape(batch * n_key_heads, group, n_query, d_head) * form.scaling
-    columns_key = key.float().reshape(batch * n_key_heads, n_key, d_head).transpose(1, 2)
-    rows_value = value.float().reshape(batch * n_key_heads, n_key, d_value)
+    rows_query = rearrange(query.float(), "b (k g) q d -> (b k) g q d", g=group) * form.scaling
+    columns_key = rearrange(key.float(), "b k n d -> (b k) d n")
+    rows_value = rearrange(value.float(), "b k n d -> (b k) n d")
     out = torch.empty(batch * n_key_heads, group, n_query, d_value, device=device)
     later = torch.zeros(batch * n_key_heads, group, n_key, device=device) if sums else None
     diagonal = torch.empty(batch * n_key_heads, group, n_query, device=device) if sums else None
@@ -177,6 +178,8 @@ def note_chosen(weights, sink_share, chosen, log_attention, log_rest) -> None:
         if (large := own > 0.9).any():
             others = weights[large]
             others[..., key] = 0
-            rest[large] = others.sum(dim=-1) if sink_share is None else others.sum(dim=-1) + sink_share.expand_as(own)[large]
+            rest[large] = (
+                others.sum(dim=-1) if sink_share is None else others.sum(dim=-1) + sink_share.expand_as(own)[large]
+            )
         log_attention[..., index] = own.log()
         log_rest[..., index] = rest.log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,13 @@ import tyro
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 
 Kind = Literal["primary", "secondary", "primary-like", "bos_sink", "noise"]
-Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="A name from `sink-circuits models`, a folder, a GGUF file, or a Hugging Face id org/name@revision.")]
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        help="A name from `sink-circuits models`, a folder, a GGUF file, or a Hugging Face id org/name@revision."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class Models:
             print(f"{name:16} {model.licence:28} {state}")
             if model.notice:
                 print(f"{'':16} {model.notice}")
-        print("\nAlso: a folder in Hugging Face format, a GGUF file, or a Hugging Face id org/name@revision while online.")
+        print(
+            "\nAlso: a folder in Hugging Face format, a GGUF file, or a Hugging Face id org/name@revision while online."
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,9 @@ class Detect:
         _free(self.output.out, self.output.overwrite)
         _check_suffix(self.output.out, (".parquet", ".csv", ".jsonl"))
         if self.output.out and self.output.out.suffix == ".jsonl" and self.method != "official":
-            raise InputError(f"{self.output.out} is in the published format, which holds official detections: add --method official.")
+            raise InputError(
+                f"{self.output.out} is in the published format, which holds official detections: add --method official."
+            )
         model, tokens = _load(self.model, self.texts, self.output)
         from sink_circuits import detection
 
@@ -106,13 +117,19 @@ class Detect:
         )  # fmt: skip
         print(_table(sinks.table))
         counts = ", ".join(f"{n} {kind}" for kind, n in sinks.table["kind"].value_counts().items()) or "no sinks"
-        print(f"\n{counts} in {len(tokens)} prompts ({sum(len(t) for t in tokens)} tokens); scores are read beside the geometry, never part of it.")
+        print(
+            f"\n{counts} in {len(tokens)} prompts ({sum(len(t) for t in tokens)} tokens); scores are read beside the geometry, never part of it."
+        )
         if self.output.out and self.output.out.suffix == ".jsonl":
             _write_official(model, tokens, self.output)
         elif self.output.out and self.output.out.suffix == ".csv":
             from sink_circuits.results import write_whole
 
-            write_whole(self.output.out, lambda temporary: sinks.table.to_csv(temporary, index=False), overwrite=self.output.overwrite)
+            write_whole(
+                self.output.out,
+                lambda temporary: sinks.table.to_csv(temporary, index=False),
+                overwrite=self.output.overwrite,
+            )
         elif self.output.out:
             sinks.save(self.output.out, overwrite=self.output.overwrite)
 
@@ -142,8 +159,12 @@ class Map:
             return experiments.layer_map(model, tokens, sinks, layers=self.layers or None, **options)
 
         effect = _experiment(self, partial(experiment, loss=self.loss))
-        forming = effect.table.assign(forming=effect.forming())[["prompt", "pos", "token", "kind", "l_start", "l_end", "forming"]]
-        print("\nThe layer whose removal lowers each sink's log-odds most (a layer that another can stand in for is found only by joint edits):")
+        forming = effect.table.assign(forming=effect.forming())[
+            ["prompt", "pos", "token", "kind", "l_start", "l_end", "forming"]
+        ]
+        print(
+            "\nThe layer whose removal lowers each sink's log-odds most (a layer that another can stand in for is found only by joint edits):"
+        )
         print(_table(forming))
 
 
@@ -235,7 +256,9 @@ class Demo:
         from sink_circuits import demo
 
         if self.folder.is_dir() and any(self.folder.iterdir()) and not self.overwrite:
-            raise ResultError(f"folder {self.folder} exists and is not empty: choose another --folder, or pass --overwrite.")
+            raise ResultError(
+                f"folder {self.folder} exists and is not empty: choose another --folder, or pass --overwrite."
+            )
         _writable(self.folder)
         model, tokens = _load(self.model, self.texts, Output(quiet=self.quiet))
         report = demo.run(
@@ -245,7 +268,14 @@ class Demo:
         print(f"\nReport: {report.resolve()}")
 
 
-COMMANDS = {"models": Models, "detect": Detect, "map": Map, "ablate": Ablate, "dose": Dose, "demo": Demo}
+COMMANDS: dict[str, Callable] = {
+    "models": Models,
+    "detect": Detect,
+    "map": Map,
+    "ablate": Ablate,
+    "dose": Dose,
+    "demo": Demo,
+}
 DESCRIPTION = """Find attention sinks in language models, and prove by intervention which MLPs form them.
 
 Start with `sink-circuits demo`; then `detect` on a text of your own, `map` to see which MLPs matter, `ablate` and `dose` to prove it."""
@@ -292,7 +322,15 @@ def _experiment(command, experiment):
     model, tokens = _load(command.model, command.texts, output)
     from sink_circuits import demo
 
-    sinks = demo.select_sinks(model, tokens, finding.kinds, finding.max_sinks, cosine=finding.cosine, norm_ratio=finding.norm_ratio, verbose=not output.quiet)
+    sinks = demo.select_sinks(
+        model,
+        tokens,
+        finding.kinds,
+        finding.max_sinks,
+        cosine=finding.cosine,
+        norm_ratio=finding.norm_ratio,
+        verbose=not output.quiet,
+    )
     effect = experiment(model, tokens, sinks, path=output.path, verbose=not output.quiet)
     print(_table(effect.summary()))
     if output.out is not None and output.out.suffix == ".safetensors":
@@ -301,7 +339,11 @@ def _experiment(command, experiment):
         from sink_circuits.results import write_whole
 
         frame = effect.to_dataframe()
-        writer = frame.to_parquet if output.out.suffix == ".parquet" else lambda temporary: frame.to_csv(temporary, index=False)
+        writer = (
+            frame.to_parquet
+            if output.out.suffix == ".parquet"
+            else lambda temporary: frame.to_csv(temporary, index=False)
+        )
         write_whole(output.out, writer, overwrite=output.overwrite)
     if output.figure is not None:
         from sink_circuits import figures
@@ -315,7 +357,9 @@ def _layers(layers: tuple[int, ...]) -> dict:
 
 
 def _table(frame) -> str:
-    return frame.to_string(index=False, float_format=lambda x: f"{x:.3g}", formatters={"token": ascii_token} if "token" in frame else None)
+    return frame.to_string(
+        index=False, float_format=lambda x: f"{x:.3g}", formatters={"token": ascii_token} if "token" in frame else None
+    )
 
 
 def ascii_token(token: str) -> str:
@@ -328,7 +372,9 @@ def _write_official(model, tokens, output: Output) -> None:
     from sink_circuits.runs import run_clean
 
     found = [
-        records.record_of(detection.official(detection.official_hidden_states(model, run_clean(model, ids))), ids, index)
+        records.record_of(
+            detection.official(detection.official_hidden_states(model, run_clean(model, ids))), ids, index
+        )
         for index, ids in enumerate(tokens)
     ]
     records.write_records(output.out, found, overwrite=output.overwrite)

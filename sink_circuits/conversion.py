@@ -28,8 +28,11 @@ def convert(gguf: Path, folder: Path, name: str, verbose: bool) -> None:
     # Tied tensors share memory and are stored once; the loader ties them again from the config.
     state = model.state_dict()
     first = {tensor.data_ptr(): key for key, tensor in reversed(state.items())}
-    save_file({key: state[key].cpu().contiguous() for key in first.values()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {key: state[key].cpu().contiguous() for key in first.values()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     model.config.architectures = [type(model).__name__]
     for stale in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         vars(model.config).pop(stale, None)
@@ -57,16 +60,20 @@ def _load_gguf(gguf: Path, name: str, verbose: bool) -> tuple:
             raise WeightsError(f"{gguf} is truncated or damaged ({size} bytes; {error}): download it again") from error
         try:  # an empty folder and an absolute file: nothing beside the GGUF or in the current folder is read
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                empty, gguf_file=str(gguf), dtype=torch.float32, output_loading_info=True, **unpack)
+                empty, gguf_file=str(gguf), dtype=torch.float32, output_loading_info=True, **unpack
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=str(gguf))
         except Exception as error:
             raise WeightsError(
                 f"transformers {transformers.__version__} cannot read {name} (GGUF architecture {architecture!r}): "
-                f"{error}; update transformers, or convert the model to a Hugging Face folder and pass that") from error
+                f"{error}; update transformers, or convert the model to a Hugging Face folder and pass that"
+            ) from error
     missing = sorted(info["missing_keys"])  # transformers fills them with random numbers and only warns
     if missing:
-        raise WeightsError(f"{name} (GGUF architecture {architecture!r}) lacks {len(missing)} tensors, such as "
-                           f"{missing[0]}: get the complete file, or pass a model folder instead")
+        raise WeightsError(
+            f"{name} (GGUF architecture {architecture!r}) lacks {len(missing)} tensors, such as "
+            f"{missing[0]}: get the complete file, or pass a model folder instead"
+        )
     return model, tokenizer
 
 
@@ -84,17 +91,17 @@ def _one_reader(verbose: bool) -> Iterator[Callable]:
 
     class Reader(gguf.GGUFReader):
         def _get(self, *args, **kwargs):
-            self.data = np.asarray(self.data)
+            self.data = np.asarray(self.data)  # type: ignore[assignment]
             return super()._get(*args, **kwargs)
 
     original, bar, shown = gguf.GGUFReader, getattr(loader, "tqdm", None), logging.is_progress_bar_enabled()
-    gguf.GGUFReader = lru_cache(maxsize=1)(Reader)
+    gguf.GGUFReader = lru_cache(maxsize=1)(Reader)  # type: ignore[assignment,misc]
     if not verbose:
         logging.disable_progress_bar()
         loader.tqdm = partial(tqdm, disable=True)  # this module does not ask the setting
     try:
         yield gguf.GGUFReader
     finally:
-        gguf.GGUFReader, loader.tqdm = original, bar
+        gguf.GGUFReader, loader.tqdm = original, bar  # type: ignore[misc]
         if shown:
             logging.enable_progress_bar()

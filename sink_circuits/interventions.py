@@ -46,24 +46,32 @@ class Edit:
         if self.layer < 0:
             raise InputError(f"layer {self.layer} is negative: count from the first block, 0.")
 
-    def check(self, n_layers: int, n_positions: int) -> None:
+    def check(self, n_layers: int, n_positions: float) -> None:
         """Raises InputError when the layer or a position lies outside the model or the text."""
         if self.layer >= n_layers:
             raise InputError(f"layer {self.layer} is out of range: the model has layers 0..{n_layers - 1}.")
         if max(self.positions) >= n_positions:
-            raise InputError(f"position {max(self.positions)} is out of range: the text has positions 0..{n_positions - 1}.")
+            raise InputError(
+                f"position {max(self.positions)} is out of range: the text has positions 0..{n_positions - 1:.0f}."
+            )
 
     def apply(self, contribution: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
         """`function`, with its answer held to the contract: same shape, finite. Raises InputError otherwise."""
         edited = self.function(contribution)
         if not isinstance(edited, Tensor) or edited.shape != contribution.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise InputError(f"edit {self.name!r} returned {shape} for a contribution of shape {tuple(contribution.shape)}: return the same shape.")
+            raise InputError(
+                f"edit {self.name!r} returned {shape} for a contribution of shape {tuple(contribution.shape)}: return the same shape."
+            )
         if not torch.isfinite(edited).all():
-            raise InputError(f"edit {self.name!r} of layer {self.layer} returned NaN or infinite values: return finite ones.")
+            raise InputError(
+                f"edit {self.name!r} of layer {self.layer} returned NaN or infinite values: return finite ones."
+            )
         return edited.to(contribution.dtype)
 
-    def written_into(self, contributions: Float[Tensor, "all_pos d_model"], first: int = 0) -> Float[Tensor, "all_pos d_model"]:
+    def written_into(
+        self, contributions: Float[Tensor, "all_pos d_model"], first: int = 0
+    ) -> Float[Tensor, "all_pos d_model"]:
         """A copy of one text's contributions, whose first row is position `first`, with this edit made."""
         index = torch.tensor(self.positions, device=contributions.device) - first
         edited = contributions.clone()
@@ -94,7 +102,9 @@ def _whole(value, what: str) -> int:
     try:
         return operator.index(value)  # also integers of numpy and torch
     except TypeError as error:
-        raise InputError(f"{what} {value!r} is not a whole number: whole numbers, counted from 0, are needed.") from error
+        raise InputError(
+            f"{what} {value!r} is not a whole number: whole numbers, counted from 0, are needed."
+        ) from error
 
 
 def zero(layer: int, positions: int | Sequence[int]) -> Edit:
@@ -108,7 +118,9 @@ def rescale(layer: int, positions: int | Sequence[int], factor: float) -> Edit:
     return Edit(layer, _positions(positions), lambda c: c * factor, "rescale", factor)
 
 
-def replace(layer: int, positions: int | Sequence[int], donor: Float[Tensor, "pos d_model"], name: str = "replace") -> Edit:
+def replace(
+    layer: int, positions: int | Sequence[int], donor: Float[Tensor, "pos d_model"], name: str = "replace"
+) -> Edit:
     """f(c) = donor: a contribution taken from elsewhere, one row per position (or one row for all).
 
     Mean ablation, resampling and patching are this with their donors. Raises InputError when the rows do not fit.
@@ -128,5 +140,7 @@ def check_factor(factor: float) -> float:
     except (TypeError, ValueError) as error:
         raise InputError(f"factor {factor!r} is not a number.") from error
     if not math.isfinite(value) or value < 0:
-        raise InputError(f"factor {factor} is not allowed: factors are finite and at least 0 (a negative one turns the contribution round).")
+        raise InputError(
+            f"factor {factor} is not allowed: factors are finite and at least 0 (a negative one turns the contribution round)."
+        )
     return value

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sink_circuits.attention import AttentionForm
@@ -117,22 +115,24 @@ class Adapter:
     def pattern_hook(self, layer: int) -> str:
         return f"blocks.{layer}.attn.hook_pattern"
 
-    def has_user_hooks(self) -> bool:
-        """True when hooks of the user's stand on the model: the twin would not run them."""
-        return any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values())
-
 
 def adapt(model) -> Adapter:
     """The adapter of a HookedTransformer or TransformerBridge; made once, and again when its weights have changed.
 
     Raises ModelError, naming the failed check and the remedy, for a model whose hooks do not mean what they should.
     """
-    adapter = model.__dict__.get("_sink_circuits_adapter") if isinstance(model, nn.Module) else None
-    if adapter is not None and adapter[0] == fingerprint(model):
-        return adapter[1]
+    backend_of(model)
+    state = (fingerprint(model), _has_user_hooks(model))  # hooks of the user's change what the checks would see
+    kept = model.__dict__.get("_sink_circuits_adapter")
+    if kept is not None and kept[0] == state:
+        return kept[1]
     made = _make_adapter(model)
-    model.__dict__["_sink_circuits_adapter"] = (fingerprint(model), made)
+    model.__dict__["_sink_circuits_adapter"] = (state, made)
     return made
+
+
+def _has_user_hooks(model) -> bool:
+    return any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
 
 
 def _make_adapter(model) -> Adapter:
@@ -149,6 +149,8 @@ def _make_adapter(model) -> Adapter:
     twin, refusal = None, ""
     if backend == "hooked":
         refusal = "HookedTransformer has no Hugging Face module behind it"
+    elif _has_user_hooks(model):
+        refusal = "hooks of your own stand on the model"
     elif processed:
         refusal = f"the weights were processed ({', '.join(processed)})"
     else:
@@ -156,9 +158,10 @@ def _make_adapter(model) -> Adapter:
             twin = Twin.of_bridge(model)
         except TwinRefused as error:
             refusal = str(error)
+    comparable = backend == "bridge" and not processed and not _has_user_hooks(model)
     draft = Adapter(model, backend, twin, refusal, processed, parallel, (), ())
     reference = _reference_pass(draft)
-    checks = _check_reference(draft, reference) + (_check_plain(model, reference) if backend == "bridge" and not processed else ())
+    checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
     for check in checks:
         if not check.passed:
             raise ModelError(
@@ -240,7 +243,9 @@ def _reference_pass(adapter: Adapter) -> _Reference:
     logits, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in set(names))
     missing = [name for name in names if name not in cache]
     if missing:
-        raise ModelError(f"hook {missing[0]} did not fire on a forward pass: this model cannot be measured through its hooks.")
+        raise ModelError(
+            f"hook {missing[0]} did not fire on a forward pass: this model cannot be measured through its hooks."
+        )
     layers = range(adapter.n_layers)
     return _Reference(
         tokens=tokens,
@@ -300,8 +305,10 @@ def _check_plain(model, reference: _Reference) -> tuple[Check, ...]:
     try:
         plain = plain_module(model, "eager")
         logits = plain(input_ids=reference.tokens[None], use_cache=False).logits
-    except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        warnings.warn(f"the plain Hugging Face forward pass could not be run beside the bridge ({error}).", stacklevel=2)
+    except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError) as refusal:
+        warnings.warn(
+            f"the plain Hugging Face forward pass could not be run beside the bridge ({refusal}).", stacklevel=2
+        )
         return ()
     error = relative_error(reference.logits.float().log_softmax(-1), logits.float().log_softmax(-1))
     remedy = "this TransformerLens version computes the architecture wrongly: use another version, or another model."
@@ -359,7 +366,9 @@ def load_model(
     """
     if isinstance(source, nn.Module):
         if hasattr(source, "config") and not hasattr(source, "hook_dict"):
-            return _bridge(source, tokenizer, str(getattr(source.config, "name_or_path", "") or type(source).__name__), device)
+            return _bridge(
+                source, tokenizer, str(getattr(source.config, "name_or_path", "") or type(source).__name__), device
+            )
         adapter = adapt(source)
         if adapter.processed and verbose:
             warnings.warn(
@@ -374,8 +383,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if tokenizer is None and not _lacks_tokenizer(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -383,6 +395,13 @@ def load_model(
             "safetensors, a GGUF file, or a Hugging Face id while online."
         ) from error
     return _bridge(hf.eval(), tokenizer, Path(str(source)).name, device)
+
+
+def _lacks_tokenizer(folder: str) -> bool:
+    """True for a local folder without any tokenizer file: such a model is measured on token ids."""
+    hints = ("token", "vocab", "merges", "spiece", "sentencepiece")
+    path = Path(folder)
+    return path.is_dir() and not any(hint in file.name.lower() for file in path.iterdir() for hint in hints)
 
 
 def known_names() -> str:
@@ -399,7 +418,9 @@ def _folder_of(source: str, verbose: bool) -> tuple[str, str]:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"folder {path} holds no config.json: give a folder in Hugging Face format or a GGUF file.")
+            raise ModelError(
+                f"folder {path} holds no config.json: give a folder in Hugging Face format or a GGUF file."
+            )
         return str(path), "main"
     if path.suffix.lower() == ".gguf" or path.is_file():
         if not path.is_file():
@@ -424,7 +445,13 @@ def _bridge(hf, tokenizer, name: str, device: str):
             from transformer_lens.model_bridge.sources import build_bridge_from_module
 
             bridge = build_bridge_from_module(
-                hf, type(hf).__name__, hf_config=hf.config, tokenizer=None, dtype=hf.dtype, device=device, model_name=name
+                hf,
+                type(hf).__name__,
+                hf_config=hf.config,
+                tokenizer=None,
+                dtype=hf.dtype,
+                device=device,
+                model_name=name,
             )
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise ModelError(

@@ -7,17 +7,17 @@ further edited blocks base and contribution are the edited run's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sink_circuits.attention import AttentionSums, streamed_attention
 from sink_circuits.errors import CacheError, InputError
 from sink_circuits.interventions import Edit
-from sink_circuits.models import Adapter, adapt
+from sink_circuits.models import TOLERANCES, Adapter, adapt, relative_error
 from sink_circuits.twin import BlockInputs, TwinRefused
 
 TINY = torch.finfo(torch.float32).tiny
@@ -98,18 +98,20 @@ def names_filter(model) -> Callable[[str], bool]:
 
 @torch.no_grad()
 def run_clean(
-    model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0, path: str = "auto"
+    model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0,
+    mask: Bool[Tensor, " padded_pos"] | None = None, path: str = "auto",
 ) -> CleanRun:  # fmt: skip
     """The clean run of one text; `chosen` are key positions whose attention columns are wanted.
 
     `clean_cache`: an ActivationCache of the same text from the user's own `run_with_cache` (row `row` of its batch);
-    nothing is run again. `path`: "auto" takes the fast path where it serves, "reference" TransformerLens' hooks.
+    nothing is run again but block 0, to see that it is the same text; `mask`: that row's attention mask, where the
+    batch was padded. `path`: "auto" takes the fast path where it serves, "reference" TransformerLens' hooks.
     Raises CacheError naming the hooks that a cache misses, InputError for an unknown path or a position out of range.
     """
     adapter = adapt(model)
     chosen = check_chosen(chosen, len(tokens))
     if clean_cache is not None:
-        return _clean_from_cache(adapter, tokens, clean_cache, row, chosen)
+        return _clean_from_cache(adapter, tokens, clean_cache, row, mask, chosen)
     if resolve_path(adapter, path) == "fast":
         return _clean_fast(adapter, tokens, chosen)
     return _clean_reference(adapter, tokens, chosen)
@@ -121,10 +123,9 @@ def resolve_path(adapter: Adapter, path: str) -> str:
         raise InputError(f"path {path!r} is unknown: use 'auto', 'fast' or 'reference'.")
     if path == "reference":
         return path
-    refusal = adapter.twin_refusal or ("hooks of your own stand on the model" if adapter.has_user_hooks() else "")
-    if path == "fast" and refusal:
-        raise InputError(f"the fast path cannot serve this model ({refusal}): use path='auto' or 'reference'.")
-    return "reference" if refusal else "fast"
+    if path == "fast" and adapter.twin is None:
+        raise InputError(f"the fast path cannot serve this model ({adapter.twin_refusal}): use path='auto' or 'reference'.")
+    return "reference" if adapter.twin is None else "fast"
 
 
 def check_chosen(chosen: Sequence[int], n_positions: int) -> tuple[int, ...]:
@@ -215,7 +216,7 @@ def _clean_reference(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...]) 
         )
     ]  # fmt: skip
     adapter.model.run_with_hooks(tokens[None], fwd_hooks=hooks, stop_at_layer=adapter.n_layers)
-    base = torch.stack([sum(kept[name] for name in adapter.base_hooks(layer)) for layer in layers])
+    base = torch.stack([_sum(kept[name] for name in adapter.base_hooks(layer)) for layer in layers])
     contribution = torch.stack([kept[adapter.contribution_hook(layer)] for layer in layers])
     later = torch.stack([tap.attention.later[0] for tap in taps])
     diagonal = torch.stack([tap.attention.diagonal[0] for tap in taps])
@@ -223,7 +224,9 @@ def _clean_reference(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...]) 
     return CleanRun(tokens, base, contribution, later, diagonal, columns, None, None, None, "reference")
 
 
-def _clean_from_cache(adapter: Adapter, tokens: Tensor, cache, row: int, chosen: tuple[int, ...]) -> CleanRun:
+def _clean_from_cache(
+    adapter: Adapter, tokens: Tensor, cache, row: int, mask: Tensor | None, chosen: tuple[int, ...]
+) -> CleanRun:  # fmt: skip
     layers = range(adapter.n_layers)
     have = set(cache.keys())
     names = [name for layer in layers for name in (*adapter.base_hooks(layer), adapter.contribution_hook(layer))]
@@ -241,13 +244,22 @@ def _clean_from_cache(adapter: Adapter, tokens: Tensor, cache, row: int, chosen:
 
     def take(name: str) -> Tensor:
         value = cache[name]
-        value = value[row] if getattr(cache, "has_batch_dim", True) else value
-        if value.shape[0] != len(tokens) and "pattern" not in name:
-            raise CacheError(f"clean_cache holds {value.shape[0]} positions at {name}, the text {len(tokens)}: cache the same tokens.")
+        if getattr(cache, "has_batch_dim", True):
+            if not 0 <= row < len(value):
+                raise CacheError(f"clean_cache has {len(value)} rows and row {row} was asked for: cache the same batch.")
+            value = value[row]
+        is_pattern = name.endswith("hook_pattern")
+        if mask is not None:
+            own = mask.bool().to(value.device)
+            value = value[:, own][:, :, own] if is_pattern else value[own]
+        n_positions = value.shape[-1] if is_pattern else len(value)
+        if n_positions != len(tokens):
+            raise CacheError(f"clean_cache holds {n_positions} positions at {name}, the text {len(tokens)}: cache the same tokens.")
         return value
 
-    base = torch.stack([sum(take(name) for name in adapter.base_hooks(layer)) for layer in layers])
+    base = torch.stack([_sum(take(name) for name in adapter.base_hooks(layer)) for layer in layers])
     contribution = torch.stack([take(adapter.contribution_hook(layer)) for layer in layers])
+    _check_same_text(adapter, tokens, contribution[0])
     attentions = []
     for layer in layers:
         if has_patterns:
@@ -256,7 +268,9 @@ def _clean_from_cache(adapter: Adapter, tokens: Tensor, cache, row: int, chosen:
             attentions.append(tap.attention)
         else:
             query, key = (take(name).transpose(0, 1)[None] for name in rotary[layer])
-            _, sums = streamed_attention(query, key, key, adapter.forms[layer], chosen=torch.tensor(chosen) if chosen else None)
+            _, sums = streamed_attention(
+                query, key, key, adapter.forms[layer], chosen=torch.tensor(chosen) if chosen else None
+            )
             attentions.append(sums)
     later = torch.stack([a.later[0] for a in attentions])
     diagonal = torch.stack([a.diagonal[0] for a in attentions])
@@ -265,10 +279,32 @@ def _clean_from_cache(adapter: Adapter, tokens: Tensor, cache, row: int, chosen:
     return CleanRun(tokens, base, contribution, later, diagonal, columns, None, None, inputs, "cache")
 
 
+def _check_same_text(adapter: Adapter, tokens: Tensor, contribution: Float[Tensor, "pos d_model"]) -> None:
+    """Raises CacheError when block 0's contribution to these tokens is not what the cache holds."""
+    seen: list[Tensor] = []
+    hooks = [(adapter.contribution_hook(0), lambda value, hook: seen.append(value[0].detach().clone()))]
+    adapter.model.run_with_hooks(tokens[None], fwd_hooks=hooks, stop_at_layer=1)
+    limit = 10 * TOLERANCES.get(contribution.dtype, 2e-4)
+    if (error := relative_error(contribution, seen[0])) > limit:
+        raise CacheError(
+            f"clean_cache is of another text or model (block 0 differs by {error:.2g}, at most {limit:.2g}): cache the same tokens."
+        )
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(dim=0)
+
+
 def _attention_input(have: set[str], layer: int, letter: str) -> str | None:
     """The hook that holds queries or keys as the scores are made from them: rotated where there is a rotation."""
     rotated, plain = f"blocks.{layer}.attn.hook_rot_{letter}", f"blocks.{layer}.attn.hook_{letter}"
-    return rotated if rotated in have else plain if plain in have and f"blocks.{layer}.attn.hook_rot_{letter}" not in have else None
+    return (
+        rotated
+        if rotated in have
+        else plain
+        if plain in have and f"blocks.{layer}.attn.hook_rot_{letter}" not in have
+        else None
+    )
 
 
 @torch.no_grad()
@@ -281,20 +317,20 @@ def run_edited(
     not. Raises InputError for a layer or position out of range, before anything is run.
     """
     adapter = adapt(model)
-    rows = [tuple(row) for row in rows]
-    if not rows:
+    cells = [tuple(row) for row in rows]
+    if not cells:
         return []
     if clean.columns is None:
         raise InputError("the clean run holds no columns: make it with run_clean(..., chosen=positions).")
-    for row in rows:
+    for row in cells:
         for edit in row:
             edit.check(adapter.n_layers, clean.n_positions)
         if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
     fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
-    runs: list[EditedRun | None] = [None] * len(rows)
-    for resume, members in batches(rows, alone=adapter.mixes_rows):
-        batch = [rows[i] for i in members]
+    runs: list[EditedRun | None] = [None] * len(cells)
+    for resume, members in batches(cells, alone=adapter.mixes_rows):
+        batch = [cells[i] for i in members]
         make = _edited_fast if fast else _edited_reference
         made = make(adapter, clean, batch, resume, loss)
         for i, run in zip(members, made, strict=True):
@@ -329,7 +365,9 @@ def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[tupl
     return [(resume, sorted(group)) for resume, group in groups.items()]
 
 
-def _row_edit(rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]) -> Callable[[Tensor], Tensor] | None:
+def _row_edit(
+    rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]
+) -> Callable[[Tensor], Tensor] | None:
     """The edits of `layer`, each in its own row of the batch, as one function of the batch's contributions."""
     here = [(row, edit) for row, edits in enumerate(rows) for edit in edits if edit.layer == layer]
     if not here:
@@ -357,7 +395,9 @@ def _edited_fast(
         contribution = clean.contribution[first_layer, start:].expand(len(rows), -1, -1)
         edit = _row_edit(rows, first_layer, start, counter) or (lambda unedited: unedited)
         resid = clean.base[first_layer, start:] + edit(contribution)
-    functions = {layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))}
+    functions = {
+        layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))
+    }
     chosen = clean.columns.chosen
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
     log_rest = [clean.columns.log_rest.clone() for _ in rows]
@@ -389,7 +429,11 @@ def _edited_fast(
         raise TwinRefused(f"{expected} edits were asked for and {counter[0]} were made: report this model.")
     losses: list[Tensor | None] = [None] * len(rows)
     if loss:
-        clean_loss = next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens) if start else None
+        clean_loss = (
+            next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens)
+            if start
+            else None
+        )
         for row in range(len(rows)):
             own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
             losses[row] = own if clean_loss is None else torch.cat([clean_loss[:start], own])
@@ -434,7 +478,9 @@ def _edited_reference(
             hooks.append((adapter.contribution_hook(layer), lambda value, hook, f=function: f(value)))
         hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
     tokens = clean.tokens.expand(len(rows), -1)
-    final = adapter.model.run_with_hooks(tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers}))
+    final = adapter.model.run_with_hooks(
+        tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers})
+    )
     first_layer, start = resume
     clean_resid = _resid_chosen(clean)
     expected = sum(len(row) for row in rows)
@@ -454,7 +500,9 @@ def _edited_reference(
     return out
 
 
-def next_token_loss(logits_of: Callable[[Tensor], Tensor], resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+def next_token_loss(
+    logits_of: Callable[[Tensor], Tensor], resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]
+) -> Float[Tensor, " pos"]:
     """-log p(next token) at every position, NaN at the last; logits are made in slices and dropped."""
     losses = torch.full((len(tokens),), torch.nan, device=tokens.device)
     step = None
@@ -463,7 +511,9 @@ def next_token_loss(logits_of: Callable[[Tensor], Tensor], resid_post: Float[Ten
         stop = min(position + (step or 1), len(tokens) - 1)
         logits = logits_of(resid_post[position:stop]).float()
         step = max(1, LOGIT_SLICE_FLOATS // logits.shape[-1])
-        losses[position:stop] = torch.nn.functional.cross_entropy(logits, tokens[position + 1 : stop + 1], reduction="none")
+        losses[position:stop] = torch.nn.functional.cross_entropy(
+            logits, tokens[position + 1 : stop + 1], reduction="none"
+        )
         position = stop
     return losses
 

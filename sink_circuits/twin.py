@@ -44,6 +44,11 @@ class Tap:
     contribution: Tensor | None = None
     attn_out: Tensor | None = None
 
+    def clear(self) -> None:
+        """Let everything go: a tap holds tensors only while its block's pass is looked at."""
+        for name, default in vars(Tap()).items():
+            setattr(self, name, default)
+
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, sliding_window=None,
@@ -52,7 +57,7 @@ def attention_forward(
     """Hugging Face's attention interface, served by `streamed_attention`; the block's `Tap` says what to keep."""
     if attention_mask is not None:
         raise TwinRefused("the model builds an attention mask of its own")
-    tap: Tap = module.sink_circuits_tap
+    tap: Tap = module.sink_circuits_tap  # type: ignore[assignment]  # put there by Twin
     if tap.prefix is not None:
         key = torch.cat([tap.prefix[0].expand(len(key), -1, -1, -1), key], dim=2)
         value = torch.cat([tap.prefix[1].expand(len(value), -1, -1, -1), value], dim=2)
@@ -76,7 +81,11 @@ class BlockInputs:
 
     def suffix(self, layer: int, start: int) -> Mapping:
         """The same from position `start` on. Raises TwinRefused for a tensor whose position axis is not known."""
-        return {name: _from_position(name, x, start) for name, x in self.kwargs[layer].items()} if start else self.kwargs[layer]
+        return (
+            {name: _from_position(name, x, start) for name, x in self.kwargs[layer].items()}
+            if start
+            else self.kwargs[layer]
+        )
 
 
 def _from_position(name: str, x, start: int):
@@ -120,6 +129,8 @@ class Twin:
         module = plain_module(bridge, ATTENTION_NAME)
         parts = bridge.adapter.component_mapping
         blocks = module.get_submodule(parts["blocks"].name)
+        if not isinstance(blocks, nn.ModuleList):
+            raise TwinRefused("the blocks are not a list of modules")
         writer, side = _place(bridge, "hook_mlp_out")
         attn_writer, attn_side = _place(bridge, "hook_attn_out")
         parallel = "blocks.0.hook_resid_mid" not in bridge.hook_dict
@@ -143,7 +154,7 @@ class Twin:
         for index, block in enumerate(self.blocks):
             tap = Tap()
             self.taps.append(tap)
-            block.get_submodule(attn_name).sink_circuits_tap = tap
+            block.get_submodule(attn_name).sink_circuits_tap = tap  # type: ignore[assignment]  # plain state, not a module
             if not self.parallel:
                 self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
             self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _keep(tap, "attn_out", out))
@@ -185,7 +196,7 @@ class Twin:
             if self.parallel:
                 tap.base = resid_pre + tap.attn_out
             yield BlockRun(layer, resid, tap)
-            self.taps[layer].__init__()
+            tap.clear()
 
     def logits(self, resid_post: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
         """Final norm, unembedding and the model's own logit scaling or soft-capping."""
@@ -215,7 +226,9 @@ def plain_module(bridge, attn_implementation: str) -> nn.Module:
                 copy.deepcopy(original.config), attn_implementation=attn_implementation, dtype=bridge.cfg.dtype
             )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise TwinRefused(f"{type(original).__name__} does not take attention function {attn_implementation!r} ({error})") from error
+        raise TwinRefused(
+            f"{type(original).__name__} does not take attention function {attn_implementation!r} ({error})"
+        ) from error
     for kind in ("parameters", "buffers"):
         tensors = _plain_names(dict(getattr(original, f"named_{kind}")(remove_duplicate=False)))
         for path, old in list(getattr(module, f"named_{kind}")(remove_duplicate=False)):

