@@ -1,0 +1,475 @@
+"""The report: one self-contained HTML page that says what was found, shows it, and says what it does not show.
+
+Sentences are written from the results by fixed rules: a direction is named only where the interval excludes 0 and
+there are prompts enough to say so.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sink_circuits import figures
+from sink_circuits.errors import InputError, ResultError
+from sink_circuits.results import write_whole
+
+MAX_VIEWS = 8
+"""Prompts whose tokens are shown: a page of hundreds would be too large to open."""
+
+MIN_PROMPTS = 6
+"""Prompts needed to name a direction: n prompts of one sign come about by chance with 2 / 2^n, below 5% from 6 on, and
+the bootstrap interval of fewer excludes 0 as soon as their signs agree."""
+
+CAUSES = {
+    "layer_map": "Layer map: one MLP edited at a time",
+    "dose_response": "Dose-response: the contribution rescaled",
+    "ablate": "Ablation: the contribution taken away",
+}
+CAPTIONS = {
+    "layer_map": (
+        "Above: how far the outcome moves when the contribution of one MLP is edited at the sink's position; each "
+        "point is one edited layer, "
+        "0 is no change. Below: the same change by the layer in which attention is read. Layers at or below the "
+        "edited one cannot "
+        "change and are grey. A forming MLP shows as a deep column of one colour that begins just above the diagonal."
+    ),
+    "dose_response": (
+        "Read from left to right: the contribution of the MLP is multiplied by the factor on the axis, 0 removes it "
+        "and 1 leaves the model as it "
+        "is. Thin lines are single sinks, the thick one is their mean with its interval. A curve that rises and then "
+        "levels off says that the amount matters up to the point where "
+        "the norm layers divide it away. The lower panel shows whether the primary sink gains what the treated one "
+        "loses."
+    ),
+    "ablate": (
+        "Blue, solid, round: the clean model. Vermillion, dashed, square: the edited one. The two coincide up to the "
+        "edited layer. Their "
+        "intervals include the differences between prompts; the paired change, which is free of them, is in the "
+        "table below."
+    ),
+}
+OTHER_CAPTION = CAPTIONS["ablate"]
+
+
+def write_report(
+    path: str | Path,
+    *,
+    sinks,
+    effects: Sequence,
+    texts: Mapping[str, Sequence[str]],
+    scores: Mapping | None = None,
+    title: str = "Attention sinks and what forms them",
+    command: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write the report: one HTML file that needs no network and forbids itself any.
+
+    `sinks`: found sinks (`Sinks`). `effects`: experiments on them, each gets its figure. `texts[prompt]`: the prompt's
+    tokens as text; `scores[prompt]`: [layer, head, key], needed to show the tokens. `command`: how to make this again.
+    Raises ResultError when `path` exists, cannot be written, or the results are of different models; InputError when
+    texts or scores do not fit the sinks.
+    """
+    html = render(sinks=sinks, effects=effects, texts=texts, scores=scores, title=title, command=command)
+    data = html.encode("utf-8")
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_whole(Path(path), write, overwrite=overwrite)
+
+
+def render(*, sinks, effects: Sequence, texts: Mapping, scores: Mapping | None, title: str, command: str) -> str:
+    """The page as text; see `write_report`."""
+    _check(sinks, effects, texts, scores)
+    views = _views(sinks, texts, scores)
+    sections = [_section(number, effect) for number, effect in enumerate(effects, 1)]
+    shown = sinks.table["prompt"].drop_duplicates().tolist()
+    environment = Environment(
+        loader=PackageLoader("sink_circuits", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["visible"] = lambda text: figures.visible(str(text))
+    environment.filters["plain"] = lambda text: figures.visible(str(text), spaces=False)
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        question=question(sinks, effects),
+        answers=answers(sinks, effects),
+        models=_models([sinks, *effects]),
+        manifest=sinks.manifest,
+        rows=_sink_rows(sinks),
+        kinds=_kind_counts(sinks),
+        views=views,
+        left_out=max(0, len(shown) - len(views)) if scores is not None else 0,
+        sections=sections,
+        limits=limits(sinks, effects),
+        libraries=_libraries(bool(sections), bool(views)),
+        token_css=Markup(figures.TOKEN_CSS),
+        view_script=Markup(figures.VIEW_SCRIPT),
+        config=Markup(figures.script_json(figures.CONFIG)),
+        other_tokens=[e.kind for e in effects if e.manifest.tokens != sinks.manifest.tokens],
+    )
+
+
+def _check(sinks, effects: Sequence, texts: Mapping, scores: Mapping | None) -> None:
+    weights = {sinks.manifest.weights, *(effect.manifest.weights for effect in effects)}
+    if len(weights) > 1:
+        raise ResultError(
+            f"these results are of {len(weights)} different models ({', '.join(sorted(weights))}): make one report "
+            "for each."
+        )
+    if scores is not None and (missing := [name for name in scores if name not in texts]):
+        raise InputError(
+            f"scores of prompt {missing[0]!r} were given without its texts: pass the token texts of every prompt."
+        )
+    for row in sinks.table.itertuples():
+        if row.prompt in texts and not 0 <= row.pos < len(texts[row.prompt]):
+            raise InputError(
+                f"a sink stands at position {row.pos} of prompt {row.prompt!r}, whose texts have "
+                f"{len(texts[row.prompt])} tokens: "
+                "pass the texts that the sinks were found in."
+            )
+
+
+# --------------------------------------------------------------------------------------------------- sentences
+def question(sinks, effects: Sequence) -> list[str]:
+    """What was asked, in two sentences."""
+    model = _model_name(sinks)
+    asked = {
+        "layer_map": f"which MLPs of {model} form its attention sinks",
+        "dose_response": f"does the amount that an MLP of {model} writes decide how much attention a sink draws",
+        "ablate": f"do the attention sinks of {model} fall when an MLP's contribution is taken away",
+    }
+    asks = list(dict.fromkeys(asked[e.kind] for e in effects if e.kind in asked))
+    if not asks:
+        return [
+            f"Which tokens of these prompts are attention sinks in {model}?",
+            "No question of cause is answered by a number here.",
+        ]
+    asks = [asks[0], *(ask.replace(f" of {model}", "") for ask in asks[1:])]
+    whole = asks[0] if len(asks) == 1 else f"{', '.join(asks[:-1])}, and {asks[-1]}"
+    return [
+        f"{whole[0].upper()}{whole[1:]}?",
+        "Each answer comes from editing what an MLP adds at a sink's own position and comparing the edited run with "
+        "the clean run.",
+    ]
+
+
+def answers(sinks, effects: Sequence) -> list[str]:
+    """What was found, a sentence or two per result, in numbers."""
+    n_prompts, counts = len(sinks.prompts), _kind_counts(sinks)
+    if not counts:
+        return [f"In {_count(n_prompts, 'prompt')} no sink was found."]
+    found = [f"{n} {kind}" for kind, n in counts.items()]
+    lines = [
+        f"In {_count(n_prompts, 'prompt')} {_join(found)} {'sinks were' if sum(counts.values()) != 1 else 'sink was'} "
+        "found."
+    ]
+    for effect in effects:
+        lines.append(" ".join(_sentences(effect)))
+    return lines
+
+
+def _sentences(effect) -> list[str]:
+    summary = effect.summary()
+    who = _who(effect)
+    rows = {
+        outcome: summary[summary["outcome"] == outcome].reset_index(drop=True)
+        for outcome in summary["outcome"].unique()
+    }
+    if effect.kind == "layer_map":
+        odds = rows["log_odds"]
+        if odds["effect"].isna().all():
+            return [f"The layer map on {who} has no defined effect: the sinks stand too near the end of their texts."]
+        least = odds.loc[odds["effect"].idxmin()]
+        edit = _number_or_text(least["edit"])
+        how = effect.manifest.settings.get("intervention", "edited")
+        done, without = ("removed", "without it") if how == "zero" else (f"edited ({how})", "with it edited")
+        out = [
+            f"Of {len(odds)} MLPs {done} one at a time on {who}, MLP {edit} has the most negative mean effect: "
+            f"{without} their attention "
+            f"log-odds {_moved(least, plural=True)}. The interval is not corrected for picking one layer of "
+            f"{len(odds)}."
+        ]
+        score = rows["score"].loc[rows["score"]["edit"] == least["edit"]].iloc[0]
+        out.append(f"Their mean score goes from {_number(score['clean'])} to {_number(score['edited'])}.")
+        try:
+            forming = effect.forming().value_counts()
+            out.append(
+                "Sink by sink, the most negative effect is that of "
+                + _join([f"MLP {layer} for {_count(int(n), 'sink')}" for layer, n in forming.items()])
+                + "."
+            )
+        except InputError:
+            out.append("Not every sink has a defined effect.")
+        return out
+    where = f"the contribution of {_layers(effect)} on {who}"
+    if effect.kind == "dose_response":
+        odds = rows["log_odds"].sort_values("edit")
+        if odds["effect"].isna().all():
+            return [f"The dose-response on {who} has no defined effect."]
+        steps = [f"×{row['edit']:g}: {_effect(row)}" for _, row in odds.iterrows() if row["edit"] != 1]
+        diffs = np.diff(odds["effect"].to_numpy())
+        out = [f"Rescaling {where} moves their attention log-odds by {'; '.join(steps)} ({_basis(odds.iloc[0])})."]
+        if len(odds) > 2 and np.isfinite(diffs).all():
+            if (diffs > 0).all():
+                out.append(
+                    f"The mean rises with every step of the factor, by {_number(diffs[0])} at the first step and "
+                    f"{_number(diffs[-1])} at the last."
+                )
+            else:
+                out.append("The mean does not rise with every step of the factor.")
+    else:
+        out = []
+        for edit in rows["log_odds"]["edit"]:
+            row = rows["log_odds"].loc[rows["log_odds"]["edit"] == edit].iloc[0]
+            verb = {"zero": "Removing", "mean": "Replacing by its mean"}.get(str(edit), f"Edit “{edit}” of")
+            out.append(f"{verb} {where}: their attention log-odds {_moved(row, plural=True)}.")
+            score = rows["score"].loc[rows["score"]["edit"] == edit].iloc[0]
+            out.append(f"Their mean score goes from {_number(score['clean'])} to {_number(score['edited'])}.")
+            primary = rows["primary_score"].loc[rows["primary_score"]["edit"] == edit].iloc[0]
+            if math.isfinite(primary["effect"]) and not (effect.table["kind"] == "primary").all():
+                out.append(f"In the same layers the primary sink's score {_moved(primary)}.")
+    return out
+
+
+def _moved(row, *, plural: bool = False) -> str:
+    """What an outcome did; a direction is named only when enough prompts give an interval that excludes 0."""
+    s = "" if plural else "s"
+    if not math.isfinite(row["effect"]):
+        return f"{'have' if plural else 'has'} no defined effect (too few later queries)"
+    change = f"{_effect(row)} ({_basis(row)})"
+    if not math.isfinite(row["low"]) or row["n_prompts"] < MIN_PROMPTS:
+        return f"differ{s} by {change}"
+    if row["low"] <= 0 <= row["high"]:
+        return f"change{s} by {change}; the interval includes 0, so the direction is not decided"
+    return f"{'fall' if row['effect'] < 0 else 'rise'}{s} by {_number(abs(row['effect']))} {_interval(row, absolute=True)} ({_basis(row)})"
+
+
+def _effect(row) -> str:
+    return f"{_number(row['effect'], signed=True)} {_interval(row)}".strip()
+
+
+def _interval(row, *, absolute: bool = False) -> str:
+    if not math.isfinite(row["low"]):
+        return ""
+    ends = sorted((abs(row["low"]), abs(row["high"]))) if absolute else (row["low"], row["high"])
+    return f"[{_number(ends[0], signed=not absolute)}, {_number(ends[1], signed=not absolute)}]"
+
+
+def _basis(row) -> str:
+    n = int(row["n_prompts"])
+    if n < 2:
+        return f"{_count(n, 'prompt')}, not enough for an interval"
+    few = "" if n >= MIN_PROMPTS else ", too few to decide a direction"
+    return f"95% interval over {n} prompts{few}"
+
+
+def limits(sinks, effects: Sequence) -> list[str]:
+    """What the results do not show, by what was and was not done."""
+    lines = []
+    kinds = {effect.kind for effect in effects}
+    n = max((int(effect.table["prompt"].nunique()) for effect in effects), default=len(sinks.prompts))
+    if not effects:
+        lines.append(
+            "Nothing was intervened on. Geometry and attention scores describe sinks; they do not say what makes them."
+        )
+    if any(_single_layer(effect) for effect in effects):
+        lines.append(
+            "One MLP was edited at a time. MLPs that stand in for each other are missed or understated this way: "
+            "where two can each form the sink, "
+            "removing one leaves the other. Only joint edits (layers=[…]) can show that."
+        )
+    if "layer_map" in kinds:
+        lines.append(
+            "The map looks at many layers; its intervals are for each layer by itself and are not corrected for "
+            "having looked at all of them. "
+            "A layer picked from the map should be confirmed on other prompts."
+        )
+    if effects:
+        lines.append(
+            f"Intervals are over prompts, {n} here: they say how the result would vary over prompts like these, not "
+            "over models, kinds of text or "
+            "languages."
+            + (" With so few prompts a bootstrap interval is rough, and tends to be too narrow." if n < 10 else "")
+        )
+        lines.append(
+            "The effect is total: everything above the edit runs anew, so that the change may pass through the "
+            "treated position's own stream or "
+            "through other tokens that have attended to it. The two are not told apart here."
+        )
+        together = any(effect.manifest.settings.get("together") for effect in effects)
+        lines.append(
+            "All sinks of a prompt were edited in one run in at least one experiment, so that their effects are "
+            "mixed there."
+            if together
+            else "One sink was edited per run. What several removals do together may differ from their sum."
+        )
+        if kinds <= set(CAUSES):
+            lines.append(
+                "No controls are on this page: other positions, other tokens and random directions of equal norm would "
+                "show how specific the effect is. "
+                "A removal also changes the norm that later layers divide by."
+            )
+    if "dose_response" in kinds:
+        lines.append(
+            "A factor changes the contribution's norm and leaves its direction; factors above 1 lie outside what the "
+            "model does by itself."
+        )
+    if str(sinks.manifest.what).endswith("official"):
+        lines.append(
+            "Sinks were found by the published procedure, which looks only at layers after the primary's greatest rise."
+        )
+    else:
+        lines.append(
+            "Which tokens count as sinks depends on the thresholds below. Attention took no part in finding them, so "
+            "a sink may draw little."
+        )
+    return lines
+
+
+def _single_layer(effect) -> bool:
+    return effect.kind == "layer_map" or "," not in str(effect.manifest.settings.get("layers", ","))
+
+
+def _layers(effect) -> str:
+    layers = str(effect.manifest.settings.get("layers", "")).strip("[]() ")
+    if layers == "forming":
+        return "each sink's own forming MLP"
+    return (
+        f"MLPs {_join(layers.split(', '))} together"
+        if "," in layers
+        else f"MLP {layers}"
+        if layers
+        else "the edited MLPs"
+    )
+
+
+def _who(effect) -> str:
+    kinds = effect.table["kind"].unique()
+    kind = f"{kinds[0]} " if len(kinds) == 1 else ""
+    return f"{_count(len(effect.table), f'{kind}sink')} in {_count(effect.table['prompt'].nunique(), 'prompt')}"
+
+
+def _model_name(result) -> str:
+    return str(result.manifest.model).rstrip("/").rsplit("/", 1)[-1] or "this model"
+
+
+def _kind_counts(sinks) -> dict[str, int]:
+    return {str(kind): int(n) for kind, n in sinks.table["kind"].value_counts().items()}
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _number(value, signed: bool = False) -> str:
+    """Three significant digits; a true minus sign; a dash for what is not defined."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:+#.3g}" if signed else f"{value:#.3g}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{mantissa}×10^{int(exponent)}"
+    return "0" if value == 0 else text.rstrip(".").replace("-", "−")
+
+
+def _number_or_text(value) -> str:
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)
+
+
+# --------------------------------------------------------------------------------------------------- parts of the page
+def _sink_rows(sinks) -> list[dict]:
+    return [
+        {"number": number, **row}
+        for number, row in zip(sinks.table.index, sinks.table.to_dict(orient="records"), strict=True)
+    ]
+
+
+def _models(results: Sequence) -> list[dict]:
+    return [{"what": r.manifest.what, **r.manifest.to_dict(), "settings": _flat(r.manifest.settings)} for r in results]
+
+
+def _flat(settings: Mapping) -> str:
+    parts = []
+    for name, value in settings.items():
+        parts += [f"{k} = {v}" for k, v in value.items()] if isinstance(value, Mapping) else [f"{name} = {value}"]
+    return ", ".join(parts) or "none"
+
+
+def _views(sinks, texts: Mapping, scores: Mapping | None) -> list[dict]:
+    views: list[dict] = []
+    for name in sinks.table["prompt"].drop_duplicates() if scores is not None else ():
+        if name not in texts or name not in scores:
+            continue
+        if len(views) == MAX_VIEWS:
+            break
+        own = sinks.table[sinks.table["prompt"] == name]
+        try:
+            # The position in the row of views keeps ids apart where two names differ only in what an id cannot hold.
+            view = figures.sink_tokens_view(texts[name], scores[name], own, name=f"{len(views)}-{name}", library=False)
+        except InputError as error:
+            raise InputError(f"prompt {name!r}: {error}") from error
+        views.append({"name": str(name), "html": Markup(view), "n_tokens": len(texts[name])})
+    return views
+
+
+def _section(number: int, effect) -> dict:
+    outcomes = ["log_odds"] if effect.kind == "layer_map" else ["score", "log_odds"]
+    summary = effect.summary()
+    columns = ("edit", "outcome", "clean", "edited", "effect", "low", "high", "n_prompts", "n_sinks")
+    table = [{column: row[column] for column in columns} for row in summary.to_dict(orient="records")]
+    for row in table:
+        row["edit"], row["outcome"] = _number_or_text(row["edit"]), figures.NAMES.get(row["outcome"], row["outcome"])
+    return {
+        "id": f"effect-{number}",
+        "title": CAUSES.get(effect.kind, f"Experiment: {effect.kind}"),
+        "caption": CAPTIONS.get(effect.kind, OTHER_CAPTION),
+        "table": table,
+        "figures": [
+            {
+                "id": f"figure-{number}-{outcome}",
+                "json": Markup(figures.figure_json(figure)),
+                "height": figure.layout.height,
+                "label": f"Figure: {figures.NAMES[outcome]}, {effect.kind.replace('_', ' ')}. Its numbers are in the "
+                "table that follows.",
+            }
+            for outcome in outcomes
+            for figure in (figures.effect_figure(effect, outcome),)
+        ],
+    }
+
+
+def _libraries(plotly: bool, circuitsvis: bool) -> list[dict]:
+    """The scripts, compressed: plain they are 6 MB, so 2.4 MB. No time stamp goes in: one input gives one page."""
+    from plotly.offline import get_plotlyjs
+
+    sources = ([("plotly", get_plotlyjs)] if plotly else []) + (
+        [("circuitsvis", figures.circuitsvis_source)] if circuitsvis else []
+    )
+    return [
+        {
+            "name": name,
+            "data": Markup(base64.b64encode(gzip.compress(source().encode("utf-8"), 9, mtime=0)).decode("ascii")),
+        }
+        for name, source in sources
+    ]
