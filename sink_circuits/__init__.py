@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
     from sink_circuits.runs import names_filter, run_clean, run_edited
     from sink_circuits.scores import SinkScores, sink_scores
+    from sink_circuits.studies import Study, read_study
+    from sink_circuits.sweeps import SweepResult, WorkerPool, load_sweep, sweep
 
 _ROOMS = {
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
@@ -20,6 +22,8 @@ _ROOMS = {
     "prompts": ("Prompt", "PromptSet", "Tokens", "load_prompts"),
     "runs": ("names_filter", "run_clean", "run_edited"),
     "scores": ("SinkScores", "sink_scores"),
+    "studies": ("Study", "read_study"),
+    "sweeps": ("SweepResult", "WorkerPool", "load_sweep", "sweep"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
+from sink_circuits.sweep_command import Sweep
 
 Kind = Literal["primary", "secondary", "primary-like", "bos_sink", "noise"]
 Model = Annotated[
@@ -113,12 +114,14 @@ class Detect:
         from sink_circuits import detection
 
         sinks = detection.find_sinks(
-            model, tokens, method=self.method, cosine=self.cosine, norm_ratio=self.norm_ratio, path=self.output.path, verbose=not self.output.quiet
+            model, tokens, method=self.method, cosine=self.cosine, norm_ratio=self.norm_ratio, path=self.output.path,
+            verbose=not self.output.quiet,
         )  # fmt: skip
         print(_table(sinks.table))
         counts = ", ".join(f"{n} {kind}" for kind, n in sinks.table["kind"].value_counts().items()) or "no sinks"
         print(
-            f"\n{counts} in {len(tokens)} prompts ({sum(len(t) for t in tokens)} tokens); scores are read beside the geometry, never part of it."
+            f"\n{counts} in {len(tokens)} prompts ({sum(len(t) for t in tokens)} tokens); "
+            "scores stand beside the geometry, they never decide."
         )
         if self.output.out and self.output.out.suffix == ".jsonl":
             _write_official(model, tokens, self.output)
@@ -163,7 +166,8 @@ class Map:
             ["prompt", "pos", "token", "kind", "l_start", "l_end", "forming"]
         ]
         print(
-            "\nThe layer whose removal lowers each sink's log-odds most (a layer that another can stand in for is found only by joint edits):"
+            "\nThe layer whose removal lowers each sink's log-odds most "
+            "(one that another can stand in for is found only by joint edits):"
         )
         print(_table(forming))
 
@@ -274,6 +278,7 @@ COMMANDS: dict[str, Callable] = {
     "map": Map,
     "ablate": Ablate,
     "dose": Dose,
+    "sweep": Sweep,
     "demo": Demo,
 }
 DESCRIPTION = """Find attention sinks in language models, and prove by intervention which MLPs form them.
@@ -282,12 +287,13 @@ Start with `sink-circuits demo`; then `detect` on a text of your own, `map` to s
 
 
 def main(args: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for anything the user can mend, 130 when interrupted."""
+    """Entry point; returns the exit code: 0, 1 when a part failed, 2 for what the user can mend, 130 when interrupted."""
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="sink-circuits", description=DESCRIPTION, args=args, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+            COMMANDS, prog="sink-circuits", description=DESCRIPTION, args=args,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )  # fmt: skip
-        command.run()
+        code = command.run() or 0
     except SinkCircuitsError as error:
         print(f"sink-circuits: {error}", file=sys.stderr)
         return 2
@@ -297,7 +303,7 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
         return 0
-    return 0
+    return code
 
 
 def _load(name: str, texts: Texts, output: Output):
@@ -373,7 +379,9 @@ def _write_official(model, tokens, output: Output) -> None:
 
     found = [
         records.record_of(
-            detection.official(detection.official_hidden_states(model, run_clean(model, ids))), ids, index
+            detection.official(detection.official_hidden_states(model, run_clean(model, ids, resumable=False))),
+            ids,
+            index,
         )
         for index, ids in enumerate(tokens)
     ]

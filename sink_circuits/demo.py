@@ -13,7 +13,9 @@ from sink_circuits.prompts import Tokens, token_texts
 from sink_circuits.scores import sink_scores
 
 
-def select_sinks(model, tokens: Tokens, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True, **thresholds) -> Sinks:
+def select_sinks(
+    model, tokens: Tokens, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True, **thresholds
+) -> Sinks:
     """Sinks of these kinds, the first `max_sinks` in turns over the prompts; says what is left out.
 
     Raises InputError when there are none of these kinds.
@@ -27,10 +29,15 @@ def spread_over_prompts(found: Sinks, kinds: Sequence[str], max_sinks: int | Non
     chosen = found.select(*kinds)
     counts = ", ".join(f"{n} {kind}" for kind, n in found.table["kind"].value_counts().items()) or "none"
     if not len(chosen):
-        raise InputError(f"no sinks of kind {' or '.join(kinds)} were found in {len(found.prompts)} prompts (found: {counts}): treat other kinds (--kinds), or more prompts.")
+        raise InputError(
+            f"no sinks of kind {' or '.join(kinds)} were found in {len(found.prompts)} prompts (found: {counts}): "
+            "treat other kinds (--kinds), or more prompts."
+        )
     usable = chosen.table[chosen.table["score"].notna()]
     if not len(usable):
-        raise InputError(f"all {len(chosen)} sinks stand too near the end of their texts for a score: give longer prompts.")
+        raise InputError(
+            f"all {len(chosen)} sinks stand too near the end of their texts for a score: give longer prompts."
+        )
     turn = usable.groupby("prompt", sort=False).cumcount()
     table = usable.loc[turn.sort_values(kind="stable").index[:max_sinks]].sort_index().reset_index(drop=True)
     if verbose and len(table) < len(chosen):
@@ -64,7 +71,8 @@ def run(
     report = folder / "report.html"
     write_report(
         report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
-        scores={first: sink_scores(model, shown).scores[0]}, title=f"Attention sinks in {found.manifest.model}", command=command, overwrite=True,
+        scores={first: sink_scores(model, shown).scores[0]}, title=f"Attention sinks in {found.manifest.model}",
+        command=command, overwrite=True,
     )  # fmt: skip
     if verbose:
         print(f"Done in {time.monotonic() - started:.0f} s.")

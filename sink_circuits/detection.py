@@ -33,7 +33,8 @@ class Thresholds:
 
     `cosine`: centred cosine with the primary, above. `norm_ratio`: norm over the layer's median norm, above.
     `min_lifetime`: layers a run of sink states must last. `bridge`: gaps of so many layers inside a run are bridged.
-    `first_positions`: candidates for the primary (None: 0..3; for `official` 0, 1, as without a chat template). `neighbours`: ordinary tokens within this distance are a sink's
+    `first_positions`: candidates for the primary (None: 0..3; for `official` 0, 1, as without a chat template).
+    `neighbours`: ordinary tokens within this distance are a sink's
     comparison. Defaults were set on the bundled models, where attention confirms them: on Gemma 3 tokens with a
     norm of 1.5 to 2.5 medians draw no more attention than ordinary ones, those above 2.5 draw 8 to 280 times as much.
     """
@@ -59,8 +60,8 @@ class Thresholds:
 
 
 COLUMNS = (
-    "prompt", "pos", "token_id", "token", "kind", "l_start", "l_end", "lifetime", "phase_start", "primary_pos", "cosine", "norm", "norm_ratio",
-    "score", "score_ordinary", "score_ratio",
+    "prompt", "pos", "token_id", "token", "kind", "l_start", "l_end", "lifetime", "phase_start", "primary_pos", "cosine", "norm",
+    "norm_ratio", "score", "score_ordinary", "score_ratio",
 )  # fmt: skip
 
 
@@ -102,7 +103,9 @@ class Sinks:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the table as parquet with the manifest inside; whole or not at all. Raises ResultError."""
         frame = self.table.copy()
-        frame.attrs = {"sink_circuits": json.dumps({"manifest": self.manifest.to_dict(), "prompts": list(self.prompts)})}
+        frame.attrs = {
+            "sink_circuits": json.dumps({"manifest": self.manifest.to_dict(), "prompts": list(self.prompts)})
+        }
         write_whole(Path(path), lambda temporary: frame.to_parquet(temporary), overwrite=overwrite)
 
     @staticmethod
@@ -129,8 +132,8 @@ def find_sinks(
     thresholds = _changed_thresholds(thresholds, changed)
     if method not in ("robust", "official"):
         raise InputError(f"method {method!r} is unknown: use 'robust' or 'official'.")
-    tokens = as_tokens(model, tokens, attention_mask)
     adapter = adapt(model)
+    tokens = as_tokens(model, tokens, attention_mask)
     if method == "official" and adapter.processed:
         raise InputError(
             f"official detection needs the published residuals, and this model's weights were processed ({', '.join(adapter.processed)}): "
@@ -139,25 +142,35 @@ def find_sinks(
     rows: list[dict] = []
     bar = tqdm(tokens.ids, desc="finding sinks", unit="prompt", disable=not verbose or len(tokens) < 2)
     for index, ids in enumerate(bar):
-        clean = run_clean(model, ids, clean_cache=clean_cache, row=index, path=path)
-        found = robust_rows(clean, adapter.windows, thresholds) if method == "robust" else official_rows(model, clean, thresholds)
+        mask = None if attention_mask is None else attention_mask[index]
+        clean = run_clean(model, ids, clean_cache=clean_cache, row=index, mask=mask, resumable=False, path=path)
+        found = (
+            robust_rows(clean, adapter.windows, thresholds)
+            if method == "robust"
+            else official_rows(model, clean, thresholds)
+        )
         texts = token_texts(model, ids)
-        rows += [{"prompt": tokens.names[index], "token_id": int(ids[r["pos"]]), "token": texts[r["pos"]], **r} for r in found]
+        rows += [
+            {"prompt": tokens.names[index], "token_id": int(ids[r["pos"]]), "token": texts[r["pos"]], **r}
+            for r in found
+        ]
     manifest = Manifest.of(adapter, tokens, what=f"find_sinks:{method}", thresholds=thresholds, path=clean.path)
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
     return Sinks(table, tokens.names, manifest)
 
 
-_DTYPES = {name: "int64" for name in ("pos", "token_id", "l_start", "l_end", "lifetime", "phase_start", "primary_pos")} | {
-    name: "float64" for name in ("cosine", "norm", "norm_ratio", "score", "score_ordinary", "score_ratio")
-}
+_DTYPES = dict.fromkeys(
+    ("pos", "token_id", "l_start", "l_end", "lifetime", "phase_start", "primary_pos"), "int64"
+) | dict.fromkeys(("cosine", "norm", "norm_ratio", "score", "score_ordinary", "score_ratio"), "float64")
 
 
 def _changed_thresholds(thresholds: Thresholds | None, changed: Mapping) -> Thresholds:
     thresholds = thresholds or Thresholds()
     unknown = set(changed) - set(Thresholds.__dataclass_fields__)
     if unknown:
-        raise InputError(f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(Thresholds.__dataclass_fields__)}.")
+        raise InputError(
+            f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(Thresholds.__dataclass_fields__)}."
+        )
     return Thresholds(**{**{name: getattr(thresholds, name) for name in Thresholds.__dataclass_fields__}, **changed})
 
 
@@ -182,7 +195,9 @@ def geometry_of(clean: CleanRun, primary: int) -> Geometry:
         resid = clean.resid_post(layer).float()
         norms.append(resid.norm(dim=-1))
         centred = resid - resid.median(dim=0).values
-        cosines.append(torch.nn.functional.cosine_similarity(centred, centred[primary : primary + 1], dim=-1, eps=1e-12))
+        cosines.append(
+            torch.nn.functional.cosine_similarity(centred, centred[primary : primary + 1], dim=-1, eps=1e-12)
+        )
     norm = torch.stack(norms)
     return Geometry(norm, norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12), torch.stack(cosines))
 
@@ -235,7 +250,9 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
         return []
     geometry = geometry_of(clean, primary)
     primary_state = geometry.norm_ratio[:, primary] > thresholds.norm_ratio
-    phases = [r for r in layer_runs(primary_state.tolist(), thresholds.bridge) if r[1] - r[0] + 1 >= thresholds.min_lifetime]
+    phases = [
+        r for r in layer_runs(primary_state.tolist(), thresholds.bridge) if r[1] - r[0] + 1 >= thresholds.min_lifetime
+    ]
     state: Bool[Tensor, "layer pos"] = (
         (geometry.cosine > thresholds.cosine) & (geometry.norm_ratio > thresholds.norm_ratio) & primary_state[:, None]
     )
@@ -268,11 +285,18 @@ def _check_finite(norm: Float[Tensor, "layer pos"]) -> None:
     """Half precision overflows at massive activations; NaN compares as False and would look like "no sinks"."""
     if not norm.isfinite().all():
         layer, position = (~norm.isfinite()).nonzero()[0].tolist()
-        raise InputError(f"the residual stream of layer {layer} is not finite at position {position}: load the model in float32.")
+        raise InputError(
+            f"the residual stream of layer {layer} is not finite at position {position}: load the model in float32."
+        )
 
 
 def score_evidence(
-    scores: Float[Tensor, "layer pos"], position: int, first: int, last: int, ever_sink: Bool[Tensor, " pos"], neighbours: int
+    scores: Float[Tensor, "layer pos"],
+    position: int,
+    first: int,
+    last: int,
+    ever_sink: Bool[Tensor, " pos"],
+    neighbours: int,
 ) -> dict[str, float]:
     """Mean score over the layers that read resid_post[first..last], and the median of ordinary tokens nearby."""
     layers = slice(first + 1, min(last + 2, len(scores)))
@@ -304,7 +328,9 @@ class OfficialResult:
 OFFICIAL_COSINE, OFFICIAL_NOISE, OFFICIAL_BOS_MARGIN = 0.9, 4, 15
 
 
-def official(hidden_states: Float[Tensor, "layer pos d_model"], first_positions: Sequence[int] = (0, 1)) -> OfficialResult:
+def official(
+    hidden_states: Float[Tensor, "layer pos d_model"], first_positions: Sequence[int] = (0, 1)
+) -> OfficialResult:
     """The published procedure on the outputs of every block (Wong et al., 2512.22213, and their code), exactly.
 
     The BOS sink is the candidate of largest mean norm (the earliest of equals). With D the rises of its norm from layer
@@ -319,7 +345,9 @@ def official(hidden_states: Float[Tensor, "layer pos d_model"], first_positions:
     n_layers, n_positions = hidden_states.shape[:2]
     candidates = [p for p in first_positions if 0 <= p < n_positions]
     if not candidates:
-        raise InputError(f"no candidate first position {tuple(first_positions)} lies in a text of {n_positions} tokens.")
+        raise InputError(
+            f"no candidate first position {tuple(first_positions)} lies in a text of {n_positions} tokens."
+        )
     hidden = hidden_states.float()
     _check_finite(hidden.norm(dim=-1))
     norms = hidden[:, candidates].norm(dim=-1)

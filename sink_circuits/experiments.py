@@ -6,9 +6,10 @@ arrays of the clean and the edited outcome, the sinks they belong to, and a mani
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,8 @@ from sink_circuits.interventions import Contribution, Edit, check_factor, replac
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import CleanRun, EditedRun, clean_loss, first_edit, run_clean, run_edited
-from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores
+from sink_circuits.runs import CleanRun, EditedRun, first_edit, resolve_path, run_clean, run_edited
+from sink_circuits.scores import MIN_QUERIES, check_min_queries, column_log_odds, column_scores
 
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 ROW_FLOATS = 1 << 27
@@ -76,10 +77,16 @@ class Effect:
         `what`: "effect", "edited" or "clean".
         """
         difference = self.effect(outcome)
+        values = {
+            "effect": difference,
+            "edited": self.data[outcome],
+            "clean": self.data[f"clean_{outcome}"].broadcast_like(difference),
+        }
+        if what not in values:
+            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
         if outcome == "loss":
-            return difference
-        values = {"effect": difference, "edited": self.data[outcome], "clean": self.data[f"clean_{outcome}"].broadcast_like(difference)}[what]
-        return values.mean("head").where(self.reading()).mean("layer")
+            return values[what]
+        return values[what].mean("head").where(self.reading()).mean("layer")
 
     def summary(self, confidence: float = 0.95) -> pd.DataFrame:
         """One row per edit and outcome: mean over prompts of the effect over the lifetime, with its bootstrap interval.
@@ -91,16 +98,21 @@ class Effect:
         outcomes = [*OUTCOMES, *(["loss"] if "loss" in self.data else [])]
         for outcome in outcomes:
             effects = self.over_lifetime(outcome)
-            clean = self.over_lifetime(outcome, "clean") if outcome != "loss" else self.data["clean_loss"].broadcast_like(effects)
+            clean = self.over_lifetime(outcome, "clean")
             for edit in self.data["edit"].values:
                 values = effects.sel(edit=edit).to_numpy()
                 name = f"{self.kind}/{outcome}/{edit}"
-                estimate = statistics.bootstrap_over_prompts(values, self.table["prompt"], name=name, confidence=confidence)
-                base = statistics.prompt_means(np.where(np.isnan(values), np.nan, clean.sel(edit=edit).to_numpy()), self.table["prompt"])
+                estimate = statistics.bootstrap_over_prompts(
+                    values, self.table["prompt"], name=name, confidence=confidence
+                )
+                base = statistics.prompt_means(
+                    np.where(np.isnan(values), np.nan, clean.sel(edit=edit).to_numpy()), self.table["prompt"]
+                )
                 clean_mean = float(base.mean()) if len(base) else np.nan
                 rows.append(
                     {
-                        "edit": edit, "outcome": outcome, "clean": clean_mean, "edited": clean_mean + estimate.mean, "effect": estimate.mean,
+                        "edit": edit, "outcome": outcome, "clean": clean_mean, "edited": clean_mean + estimate.mean,
+                        "effect": estimate.mean,
                         "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n, "n_sinks": int(np.isfinite(values).sum()),
                     }
                 )  # fmt: skip
@@ -112,12 +124,16 @@ class Effect:
         Only for a layer map. A layer whose removal another can make up for is found only by joint edits.
         """
         if self.kind != "layer_map":
-            raise InputError(f"forming layers are read from a layer map, this is a {self.kind}: use layer_map(...).forming().")
+            raise InputError(
+                f"forming layers are read from a layer map, this is a {self.kind}: use layer_map(...).forming()."
+            )
         effects = self.over_lifetime("log_odds").to_numpy().copy()
         edits = self.data["edit"].to_numpy()
         effects[edits[None, :] > self.table[max_layer_of].to_numpy()[:, None]] = np.nan
         if np.isnan(effects).all(axis=1).any():
-            raise InputError("a sink has no layer with a defined effect: it stands too near the end of its text; leave it out.")
+            raise InputError(
+                "a sink has no layer with a defined effect: it stands too near the end of its text; leave it out."
+            )
         return pd.Series(edits[np.nanargmin(effects, axis=1)].astype(int), index=self.table.index, name="forming")
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -155,25 +171,31 @@ class Effect:
 
     def __repr__(self) -> str:
         prompts = self.table["prompt"].nunique()
-        return f"Effect({self.kind}: {len(self.table)} sinks in {prompts} prompts, edits {list(self.data['edit'].values)})\n{self.summary().to_string(float_format=lambda x: f'{x:.4g}')}"
+        edits = self.data["edit"].values.tolist()
+        summary = self.summary().to_string(float_format=lambda x: f"{x:.4g}")
+        return f"Effect({self.kind}: {len(self.table)} sinks in {prompts} prompts, edits {edits})\n{summary}"
 
 
-EditsOf = Callable[[object, pd.Series], tuple[Edit, ...]]
+EditsOf = Callable[[Any, pd.Series], tuple[Edit, ...]]
 """(label, row of the sink table) -> the edits of that run."""
 
 
 def measure(
     model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, loss: bool = False, together: bool = False,
-    min_queries: int = MIN_QUERIES, batch_size: int | None = None, clean_cache=None, path: str = "auto", verbose: bool = True, **settings,
+    min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
+    verbose: bool = True, settings: Mapping | None = None,
 ) -> Effect:  # fmt: skip
     """Run `edits_of(label, sink)` for every label and sink and measure all outcomes.
 
     One sink is edited per run unless `together`, which edits all sinks of a prompt in one run (each is still measured
     by itself). `labels` name the axis `edit` of the result. `batch_size`: edited rows per forward pass, chosen by
-    memory when None. All edits are made and checked before the first forward pass. Raises InputError.
+    memory when None. `settings` go into the manifest. A run without edits, or whose edits change nothing (a rescaling
+    by 1), is the clean one: copied, not run. All edits are made and checked before the first forward pass. Raises
+    InputError.
     """
-    tokens = as_tokens(model, tokens)
     adapter = adapt(model)
+    _check_options(adapter, min_queries, batch_size, path)
+    tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
     plan = [[tuple(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
     for row, cells in zip(table.itertuples(), plan, strict=True):
@@ -181,26 +203,50 @@ def measure(
         for edit in (edit for cell in cells for edit in cell):
             edit.check(adapter.n_layers, n_positions)
     arrays = _empty_arrays(len(table), len(labels), adapter, loss)
+    used = path
     bar = tqdm(total=len(table) * len(labels), desc=what.replace("_", " "), unit="run", disable=not verbose)
     for index, (name, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
         rows = np.flatnonzero(table["prompt"] == name)
         if not len(rows):
             continue
         positions = sorted({int(p) for r in rows for p in (table["pos"].iloc[r], table["primary_pos"].iloc[r])})
-        clean = run_clean(model, ids, chosen=positions, clean_cache=clean_cache, row=index, path=path)
-        own_loss = clean_loss(model, clean) if loss else None
-        _note(arrays, None, rows, table, clean, clean.columns, own_loss, adapter, min_queries)
+        mask = None if attention_mask is None else attention_mask[index]
+        clean = run_clean(
+            model, ids, chosen=positions, clean_cache=clean_cache, row=index, mask=mask, loss=loss, path=path
+        )
+        _note(arrays, None, rows, table, clean, clean.columns, clean.loss, adapter, min_queries)
+        used, unedited = clean.path, EditedRun((), clean.columns, None, clean.loss, clean.path)
         cells = _cells(rows, plan, len(labels), together)
+        for edits, members in [cell for cell in cells if _changes_nothing(cell)]:
+            _note_run(arrays, members, table, clean, unedited, edits, adapter, min_queries)
+            bar.update(len(members))
+        cells = [cell for cell in cells if not _changes_nothing(cell)]
         for chunk in _chunks(cells, batch_size or _row_budget(adapter, len(ids))):
             runs = run_edited(model, clean, [edits for edits, _ in chunk], loss=loss, path=path)
             for run, (edits, members) in zip(runs, chunk, strict=True):
                 _note_run(arrays, members, table, clean, run, edits, adapter, min_queries)
                 bar.update(len(members))
+            used = runs[0].path
     bar.close()
-    used = runs[0].path if len(table) else path
-    manifest = Manifest.of(adapter, tokens, what=what, path=used, together=together, min_queries=min_queries, **settings)
-    coords = {"edit": list(labels), "layer": np.arange(adapter.n_layers), "head": np.arange(adapter.n_heads), "sink": np.arange(len(table))}
+    manifest = Manifest.of(
+        adapter, tokens, what=what, path=used, together=together, min_queries=min_queries, **(settings or {})
+    )
+    coords = {
+        "edit": list(labels),
+        "layer": np.arange(adapter.n_layers),
+        "head": np.arange(adapter.n_heads),
+        "sink": np.arange(len(table)),
+    }
     return Effect(what, xr.Dataset(arrays, coords=coords), table, manifest)
+
+
+def _check_options(
+    adapter: Adapter, min_queries: int = MIN_QUERIES, batch_size: int | None = None, path: str = "auto", **_
+) -> None:
+    check_min_queries(min_queries)
+    resolve_path(adapter, path)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: at least 1, or None to choose by memory.")
 
 
 def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
@@ -210,15 +256,21 @@ def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
     if len(set(tokens.names)) < len(tokens):
         raise InputError("two prompts share a name: give each its own.")
     if missing := set(table["prompt"]) - set(tokens.names):
-        raise InputError(f"sinks of prompt {sorted(missing)[0]!r} were given without its tokens: pass the tokens they were found in.")
-    for row in table.itertuples():
-        ids = tokens.ids[tokens.names.index(row.prompt)]
-        if not 0 <= row.pos < len(ids) or int(ids[row.pos]) != row.token_id:
-            raise InputError(f"the sink at position {row.pos} of prompt {row.prompt!r} is another token there: pass the tokens it was found in.")
+        raise InputError(
+            f"sinks of prompt {sorted(missing)[0]!r} were given without its tokens: pass the tokens they were found in."
+        )
+    for prompt, pos, token_id in zip(table["prompt"], table["pos"].tolist(), table["token_id"], strict=True):
+        ids = tokens.ids[tokens.names.index(prompt)]
+        if not 0 <= pos < len(ids) or int(ids[pos]) != token_id:
+            raise InputError(
+                f"the sink at position {pos} of prompt {prompt!r} is another token there: pass the tokens it was found in."
+            )
     return table
 
 
-def _empty_arrays(n_sinks: int, n_edits: int, adapter: Adapter, loss: bool) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+def _empty_arrays(
+    n_sinks: int, n_edits: int, adapter: Adapter, loss: bool
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     layers, heads = adapter.n_layers, adapter.n_heads
 
     def empty(*dims: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -229,7 +281,10 @@ def _empty_arrays(n_sinks: int, n_edits: int, adapter: Adapter, loss: bool) -> d
     arrays |= {name: empty("sink", "edit", "layer", "head") for name in OUTCOMES}
     arrays |= {name: empty("sink", "edit", "layer") for name in ("norm", "cosine")}
     arrays |= {f"clean_{name}": empty("sink", "layer") for name in ("norm", "cosine")}
-    arrays |= {name: (("sink", "edit"), np.full((n_sinks, n_edits), -1, dtype=np.int64)) for name in ("first_layer", "last_edited")}
+    arrays |= {
+        name: (("sink", "edit"), np.full((n_sinks, n_edits), -1, dtype=np.int64))
+        for name in ("first_layer", "last_edited")
+    }
     if loss:
         arrays |= {"clean_loss": empty("sink"), "loss": empty("sink", "edit")}
     return arrays
@@ -241,6 +296,10 @@ def _cells(rows: np.ndarray, plan: list[list[tuple[Edit, ...]]], n_labels: int, 
         return [(_joined([e for r in rows for e in plan[r][k]]), [(int(r), k) for r in rows]) for k in range(n_labels)]
     cells = [(plan[r][k], [(int(r), k)]) for r in rows for k in range(n_labels)]
     return sorted(cells, key=lambda cell: (first_edit(cell[0]), cell[1]))
+
+
+def _changes_nothing(cell: tuple[Sequence[Edit], list]) -> bool:
+    return all(edit.changes_nothing for edit in cell[0])
 
 
 def _joined(edits: list[Edit]) -> tuple[Edit, ...]:
@@ -269,14 +328,18 @@ def _row_budget(adapter: Adapter, n_positions: int) -> int:
     return max(1, ROW_FLOATS // (n_positions * width))
 
 
-def _note_run(arrays, members, table, clean: CleanRun, run: EditedRun, edits: Sequence[Edit], adapter: Adapter, min_queries: int) -> None:
+def _note_run(
+    arrays, members, table, clean: CleanRun, run: EditedRun, edits: Sequence[Edit], adapter: Adapter, min_queries: int
+) -> None:
     for sink, label in members:
         _note(arrays, label, [sink], table, clean, run.columns, run.loss, adapter, min_queries, run.resid_post_chosen)
         arrays["first_layer"][1][sink, label] = first_edit(edits)[0]
         arrays["last_edited"][1][sink, label] = max((edit.layer for edit in edits), default=-1)
 
 
-def _note(arrays, label, sinks, table, clean: CleanRun, columns, loss, adapter: Adapter, min_queries: int, resid_chosen=None) -> None:
+def _note(
+    arrays, label, sinks, table, clean: CleanRun, columns, loss, adapter: Adapter, min_queries: int, resid_chosen=None
+) -> None:
     """Write one run's outcomes for these sinks into the arrays; label None stands for the clean run."""
     scores = column_scores(columns, adapter.windows, min_queries).cpu().numpy()
     log_odds = column_log_odds(columns, adapter.windows, min_queries).cpu().numpy()
@@ -292,7 +355,9 @@ def _note(arrays, label, sinks, table, clean: CleanRun, columns, loss, adapter: 
         ):  # fmt: skip
             arrays[f"{prefix}{name}"][1][where] = values
         resid = resid_chosen[:, own].float()
-        clean_primary = torch.stack([clean.resid_post(layer)[int(table["primary_pos"].iloc[sink])] for layer in range(adapter.n_layers)])
+        clean_primary = torch.stack(
+            [clean.resid_post(layer)[int(table["primary_pos"].iloc[sink])] for layer in range(adapter.n_layers)]
+        )
         arrays[f"{prefix}norm"][1][where] = resid.norm(dim=-1).cpu().numpy()
         cosine = torch.nn.functional.cosine_similarity(resid, clean_primary.float(), dim=-1)
         arrays[f"{prefix}cosine"][1][where] = cosine.cpu().numpy()
@@ -314,14 +379,38 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
             raise InputError(f"layer {layer!r} is unknown: give a number or 'forming'.")
         if forming is None:
             raise InputError("forming layers are not known: pass forming=layer_map(...).forming().")
-        return lambda row: (int(forming.loc[row.name]),)
+        _check_layers(forming, n_layers)
+        return lambda row: (int(forming.iloc[row.name]),)  # type: ignore[call-overload]  # the table's index counts rows
     joint = (layer,) if layers is None else tuple(layers)
     if not joint or len(set(joint)) < len(joint):
         raise InputError(f"layers {joint}: name each layer once, and at least one.")
-    for one in joint:
+    _check_layers(joint, n_layers)
+    return lambda row: tuple(int(one) for one in joint)
+
+
+def _check_layers(layers, n_layers: int) -> None:
+    for one in layers:
         if isinstance(one, bool) or not isinstance(one, int | np.integer) or not 0 <= one < n_layers:
             raise InputError(f"layer {one!r} is out of range: the model has layers 0..{n_layers - 1}.")
-    return lambda row: tuple(int(one) for one in joint)
+
+
+def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping):
+    """Check all arguments before anything is run, then find what was not given: (tokens, sinks, layers of each sink)."""
+    waits = isinstance(layer, str) and layer == "forming" and layers is None and forming is None
+    adapter = adapt(model)
+    layers_of = None if waits else resolve_layers(model, layer, layers, forming)
+    _check_options(adapter, **options)
+    tokens = as_tokens(model, tokens)
+    shared = {name: options[name] for name in ("clean_cache", "path", "verbose") if name in options}
+    sinks = find_sinks(model, tokens, **shared) if sinks is None else sinks
+    _check_sinks(sinks, tokens)
+    if layer == "forming" and forming is not None and len(forming) != len(sinks):
+        raise InputError(f"forming holds {len(forming)} layers for {len(sinks)} sinks: map the sinks that are treated.")
+    if waits:
+        shared |= {name: options[name] for name in ("batch_size", "min_queries") if name in options}
+        forming = layer_map(model, tokens, sinks, layers=range(int(sinks.table["l_end"].max()) + 1), **shared).forming()
+        layers_of = resolve_layers(model, layer, layers, forming)
+    return tokens, sinks, layers_of
 
 
 def layer_map(
@@ -333,12 +422,10 @@ def layer_map(
     `intervention`: "zero" or a function of the contribution [pos, d_model]. The axis `edit` is the edited layer. For the
     other options see `measure`. Raises InputError.
     """
-    sinks = find_sinks(model, tokens) if sinks is None else sinks
-    layers = range(model.cfg.n_layers) if layers is None else layers
     if isinstance(intervention, str) and intervention != "zero":
         raise InputError(f"intervention {intervention!r} is unknown: use 'zero' or a function of the contribution.")
-    for one in layers:
-        resolve_layers(model, one, None)
+    layers = tuple(range(adapt(model).n_layers) if layers is None else layers)
+    tokens, sinks, _ = _prepare(model, tokens, sinks, None, layers, None, options)
     name = "zero" if isinstance(intervention, str) else getattr(intervention, "__name__", "custom")
 
     def edits(label: int, row: pd.Series) -> tuple[Edit, ...]:
@@ -346,7 +433,16 @@ def layer_map(
             return (zero(label, int(row.pos)),)
         return (Edit(label, (int(row.pos),), intervention, name),)
 
-    return measure(model, tokens, sinks, [int(layer) for layer in layers], edits, what="layer_map", intervention=name, **options)
+    return measure(
+        model,
+        tokens,
+        sinks,
+        [int(layer) for layer in layers],
+        edits,
+        what="layer_map",
+        settings={"intervention": name},
+        **options,
+    )
 
 
 def ablate(
@@ -361,16 +457,26 @@ def ablate(
     """
     if method not in ("zero", "mean"):
         raise InputError(f"method {method!r} is unknown: use 'zero' or 'mean'.")
-    sinks = find_sinks(model, tokens) if sinks is None else sinks
-    layers_of = resolve_layers(model, layer, layers, _forming(model, tokens, sinks, layer, forming, options))
-    donors = mean_contributions(model, tokens, sinks) if method == "mean" else None
+    layers = None if layers is None else tuple(layers)
+    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
+    shared = {name: options[name] for name in ("clean_cache", "path") if name in options}
+    donors = mean_contributions(model, tokens, sinks, **shared) if method == "mean" else None
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
         if donors is None:
             return tuple(zero(one, int(row.pos)) for one in layers_of(row))
         return tuple(replace(one, int(row.pos), donors[one], "mean") for one in layers_of(row))
 
-    return measure(model, tokens, sinks, [method], edits, what="ablate", layers=str(layer if layers is None else list(layers)), **options)
+    return measure(
+        model,
+        tokens,
+        sinks,
+        [method],
+        edits,
+        what="ablate",
+        settings={"layers": str(layer if layers is None else list(layers))},
+        **options,
+    )
 
 
 def dose_response(
@@ -385,31 +491,27 @@ def dose_response(
     factors = [check_factor(factor) for factor in factors]
     if not factors or len(set(factors)) < len(factors):
         raise InputError(f"factors {factors}: give each once, and at least one.")
-    sinks = find_sinks(model, tokens) if sinks is None else sinks
-    layers_of = resolve_layers(model, layer, layers, _forming(model, tokens, sinks, layer, forming, options))
+    layers = None if layers is None else tuple(layers)
+    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
 
     def edits(factor: float, row: pd.Series) -> tuple[Edit, ...]:
         return tuple(rescale(one, int(row.pos), factor) for one in layers_of(row))
 
-    return measure(model, tokens, sinks, factors, edits, what="dose_response", layers=str(layer if layers is None else list(layers)), **options)
+    settings = {"layers": str(layer if layers is None else list(layers))}
+    return measure(model, tokens, sinks, factors, edits, what="dose_response", settings=settings, **options)
 
 
-def _forming(model, tokens, sinks: Sinks, layer, forming, options: dict) -> pd.Series | None:
-    if layer != "forming" or forming is not None:
-        return forming
-    shared = {name: options[name] for name in ("clean_cache", "path", "verbose", "batch_size", "min_queries") if name in options}
-    return layer_map(model, tokens, sinks, layers=range(int(sinks.table["l_end"].max()) + 1), **shared).forming()
-
-
-def mean_contributions(model, tokens, sinks: Sinks, *, skip_first: int = 4, path: str = "auto") -> Float[Tensor, "layer d_model"]:
+def mean_contributions(
+    model, tokens, sinks: Sinks, *, skip_first: int = 4, clean_cache=None, path: str = "auto"
+) -> Float[Tensor, "layer d_model"]:  # fmt: skip
     """Mean contribution of every MLP over the ordinary tokens of these prompts: neither sinks nor the first `skip_first`."""
     tokens = as_tokens(model, tokens)
     total, count = None, 0
-    for name, ids in zip(tokens.names, tokens.ids, strict=True):
-        clean = run_clean(model, ids, path=path)
+    for row, (name, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
+        clean = run_clean(model, ids, clean_cache=clean_cache, row=row, path=path)
         keep = torch.ones(len(ids), dtype=torch.bool)
         keep[:skip_first] = False
-        keep[sinks.table.loc[sinks.table["prompt"] == name, "pos"].to_numpy()] = False
+        keep[sinks.table.loc[sinks.table["prompt"] == name, "pos"].tolist()] = False
         own = clean.contribution[:, keep].double().sum(dim=1)
         total, count = own if total is None else total + own, count + int(keep.sum())
     if not count:

@@ -46,6 +46,11 @@ class Edit:
         if self.layer < 0:
             raise InputError(f"layer {self.layer} is negative: count from the first block, 0.")
 
+    @property
+    def changes_nothing(self) -> bool:
+        """True for an edit that is known to leave every contribution as it is: a rescaling by 1."""
+        return self.function is keep
+
     def check(self, n_layers: int, n_positions: float) -> None:
         """Raises InputError when the layer or a position lies outside the model or the text."""
         if self.layer >= n_layers:
@@ -112,10 +117,15 @@ def zero(layer: int, positions: int | Sequence[int]) -> Edit:
     return Edit(layer, _positions(positions), torch.zeros_like, "zero", 0.0)
 
 
+def keep(contribution: Contribution) -> Contribution:
+    """f(c) = c. Experiments copy the clean outcomes instead of running edits that only keep."""
+    return contribution
+
+
 def rescale(layer: int, positions: int | Sequence[int], factor: float) -> Edit:
     """f(c) = factor * c. Raises InputError for a negative, NaN or infinite factor."""
     factor = check_factor(factor)
-    return Edit(layer, _positions(positions), lambda c: c * factor, "rescale", factor)
+    return Edit(layer, _positions(positions), keep if factor == 1 else lambda c: c * factor, "rescale", factor)
 
 
 def replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -51,6 +50,7 @@ class Adapter:
     processed: tuple[str, ...]
     parallel: bool
     forms: tuple[AttentionForm, ...]
+    weights_hash: str
     checks: tuple[Check, ...]
 
     @property
@@ -93,16 +93,6 @@ class Adapter:
     def name(self) -> str:
         return str(getattr(self.cfg, "model_name", type(self.model).__name__))
 
-    @cached_property
-    def weights_hash(self) -> str:
-        """Twelve hex digits over samples of every parameter: tells two checkpoints of one name apart."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:12]
-
     def base_hooks(self, layer: int) -> tuple[str, ...]:
         """Hooks whose sum is the base of block `layer`, what its MLP's contribution is added to."""
         if self.parallel:
@@ -129,6 +119,16 @@ def adapt(model) -> Adapter:
     made = _make_adapter(model)
     model.__dict__["_sink_circuits_adapter"] = (state, made)
     return made
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Twelve hex digits over samples of every parameter: tells two checkpoints of one name apart."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _has_user_hooks(model) -> bool:
@@ -159,7 +159,7 @@ def _make_adapter(model) -> Adapter:
         except TwinRefused as error:
             refusal = str(error)
     comparable = backend == "bridge" and not processed and not _has_user_hooks(model)
-    draft = Adapter(model, backend, twin, refusal, processed, parallel, (), ())
+    draft = Adapter(model, backend, twin, refusal, processed, parallel, (), "", ())
     reference = _reference_pass(draft)
     checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
     for check in checks:
@@ -179,7 +179,7 @@ def _make_adapter(model) -> Adapter:
             twin, refusal = None, f"{type(error).__name__}: {error}"
     if not forms:
         forms = tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers))
-    return Adapter(model, backend, twin, refusal, processed, parallel, forms, tuple(checks))
+    return Adapter(model, backend, twin, refusal, processed, parallel, forms, hash_weights(model), tuple(checks))
 
 
 def backend_of(model) -> str:
@@ -356,7 +356,8 @@ def _configured_form(model, layer: int) -> AttentionForm:
 
 
 def load_model(
-    source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer=None, trust_remote_code: bool = False, verbose: bool = True
+    source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer=None, trust_remote_code: bool = False,
+    verbose: bool = True,
 ):  # fmt: skip
     """Load a model, check it, and return it as the TransformerLens object it is.
 
@@ -380,6 +381,7 @@ def load_model(
     if not isinstance(source, str | Path) or not str(source).strip():
         raise ModelError(f"{source!r} is not a model: give a name, a folder, a GGUF file or a model object.")
     folder, revision = _folder_of(str(source), verbose)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -388,7 +390,7 @@ def load_model(
         )
         if tokenizer is None and not _lacks_tokenizer(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{str(source)!r} could not be loaded ({first}): give one of {known_names()}, a folder with config.json and "
@@ -435,24 +437,19 @@ def _folder_of(source: str, verbose: bool) -> tuple[str, str]:
 
 
 def _bridge(hf, tokenizer, name: str, device: str):
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     hf.config.architectures = [type(hf).__name__]
-    try:
-        if tokenizer is not None:
-            bridge = TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device=device)
-        else:
-            from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-            bridge = build_bridge_from_module(
-                hf,
-                type(hf).__name__,
-                hf_config=hf.config,
-                tokenizer=None,
-                dtype=hf.dtype,
-                device=device,
-                model_name=name,
-            )
+    try:  # boot_transformers does the same, but takes every name for a hub's and warns about aliases
+        bridge = build_bridge_from_module(
+            hf,
+            type(hf).__name__,
+            hf_config=hf.config,
+            tokenizer=tokenizer,
+            dtype=hf.dtype,
+            device=device,
+            model_name=name,
+        )
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise ModelError(
             f"TransformerLens has no bridge for {type(hf).__name__} ({str(error).splitlines()[0]}): use a decoder architecture it supports."

@@ -93,7 +93,9 @@ def _encode(tokenizer, text: str, chat: bool) -> list[int]:
         return list(tokenizer(text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("this tokenizer has no chat template: leave `chat` off.")
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
@@ -109,11 +111,15 @@ def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
     if path.suffix in (".jsonl", ".txt", ".json") or path.is_file():
         prompts = _read_file(path)
     else:
-        bundled = _parse_lines(files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts")
+        bundled = _parse_lines(
+            files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts"
+        )
         kinds = sorted({p.kind for p in bundled})
         prompts = [p for p in bundled if source in ("all", p.kind)]
         if not prompts:
-            raise InputError(f"{str(source)!r} is neither a kind of bundled prompt ({', '.join(kinds)}, all) nor a file.")
+            raise InputError(
+                f"{str(source)!r} is neither a kind of bundled prompt ({', '.join(kinds)}, all) nor a file."
+            )
     return PromptSet(tuple(prompts[:n]))
 
 
@@ -121,7 +127,9 @@ def _read_file(path: Path) -> list[Prompt]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt file {path} cannot be read as UTF-8 text ({error}): check path and encoding.") from error
+        raise InputError(
+            f"prompt file {path} cannot be read as UTF-8 text ({error}): check path and encoding."
+        ) from error
     if path.suffix == ".txt":
         if not text.strip():
             raise InputError(f"prompt file {path} is empty: give it some text.")
@@ -160,10 +168,17 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     names: tuple[str, ...] | None = None
     if isinstance(tokens, str):
         tokens = PromptSet((Prompt("text", "text", tokens),))
-    if isinstance(tokens, Sequence) and not isinstance(tokens, Tokens | PromptSet) and tokens and isinstance(tokens[0], str):
+    if (
+        isinstance(tokens, Sequence)
+        and not isinstance(tokens, Tokens | PromptSet)
+        and tokens
+        and isinstance(tokens[0], str)
+    ):
         tokens = PromptSet(tuple(Prompt(f"text-{i}", "text", t) for i, t in enumerate(tokens)))
     if attention_mask is not None and not isinstance(tokens, Tensor):
-        raise InputError("attention_mask belongs to tokens of shape [batch, pos]: leave it out, texts and lists are not padded.")
+        raise InputError(
+            "attention_mask belongs to tokens of shape [batch, pos]: leave it out, texts and lists are not padded."
+        )
     if isinstance(tokens, PromptSet):
         return tokens.tokens(model)
     if isinstance(tokens, Tokens):
@@ -174,7 +189,9 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
         try:
             rows = [torch.as_tensor(row) for row in tokens]
         except (TypeError, ValueError) as error:
-            raise InputError(f"tokens of type {type(tokens).__name__} cannot be read: pass LongTensor [pos] or a list of them.") from error
+            raise InputError(
+                f"tokens of type {type(tokens).__name__} cannot be read: pass LongTensor [pos] or a list of them."
+            ) from error
     if not rows:
         raise InputError("no prompts were given: pass at least one.")
     cfg, device = model.cfg, next(model.parameters()).device
@@ -183,11 +200,16 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
         if row.ndim == 1 and len(row) == 0:
             raise InputError(f"prompt {index} is empty: give it at least one token.")
         if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
-            raise InputError(f"prompt {index}: tokens have shape {tuple(row.shape)} and type {row.dtype}; integers of shape [pos] are needed.")
+            raise InputError(
+                f"prompt {index}: tokens have shape {tuple(row.shape)} and type {row.dtype}; integers of shape [pos] are needed."
+            )
         if len(row) > cfg.n_ctx:
-            raise InputError(f"prompt {index} has {len(row)} tokens, the model's context {cfg.n_ctx}: shorten it (max_tokens=).")
+            raise InputError(
+                f"prompt {index} has {len(row)} tokens, the model's context {cfg.n_ctx}: shorten it (max_tokens=)."
+            )
         if row.min() < 0 or row.max() >= cfg.d_vocab:
-            raise InputError(f"prompt {index} holds token id {int(row.max() if row.max() >= cfg.d_vocab else row.min())}, the vocabulary 0..{cfg.d_vocab - 1}.")
+            wrong = int(row.max() if row.max() >= cfg.d_vocab else row.min())
+            raise InputError(f"prompt {index} holds token id {wrong}, the vocabulary 0..{cfg.d_vocab - 1}.")
         checked.append(row.to(device=device, dtype=torch.long))
     return Tokens(tuple(checked), names or tuple(f"prompt-{i}" for i in range(len(checked))))
 
@@ -200,7 +222,9 @@ def _unpadded(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     if attention_mask is None:
         return list(tokens)
     if attention_mask.shape != tokens.shape:
-        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, tokens {tuple(tokens.shape)}: they must agree.")
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, tokens {tuple(tokens.shape)}: they must agree."
+        )
     mask = attention_mask.bool()
     if ((mask[:, 1:] != mask[:, :-1]).sum(-1) > 1).any():
         raise InputError("attention_mask has holes: only padding on the left or on the right is supported.")

@@ -58,9 +58,13 @@ class Manifest:
         try:
             manifest = Manifest(**fields)
         except TypeError as error:
-            raise ResultError(f"the manifest of this file cannot be read ({error}): it was not written by this package.") from error
+            raise ResultError(
+                f"the manifest of this file cannot be read ({error}): it was not written by this package."
+            ) from error
         if manifest.format != FORMAT:
-            raise ResultError(f"this file has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it.")
+            raise ResultError(
+                f"this file has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it."
+            )
         return manifest
 
 
@@ -71,7 +75,7 @@ def _own_version() -> str:
         return "uninstalled"
 
 
-def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
     """Write a file under a temporary name beside `path` and move it there in one step, so that no half file is seen.
 
     Raises ResultError when `path` exists (unless `overwrite`) or its folder cannot be written.
@@ -118,9 +122,13 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise ResultError(f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}): check the path.") from error
+        raise ResultError(
+            f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}): check the path."
+        ) from error
     if "sink_circuits" not in frame.attrs or list(frame.columns) != list(columns):
-        raise ResultError(f"{path} is not a table of sinks written by this package: make it with Sinks.save or `sink-circuits detect`.")
+        raise ResultError(
+            f"{path} is not a table of sinks written by this package: make it with Sinks.save or `sink-circuits detect`."
+        )
     return frame
 
 
@@ -150,14 +158,20 @@ def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
             header = (file.metadata() or {}).get("sink_circuits")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise ResultError(f"{path} cannot be read as a result ({error}): check the path, or make the result again.") from error
+        raise ResultError(
+            f"{path} cannot be read as a result ({error}): check the path, or make the result again."
+        ) from error
     if header is None:
         raise ResultError(f"{path} is a safetensors file but not a result of this package: check the path.")
     try:
         fields = json.loads(header)
         if fields["format"] != FORMAT:
-            raise ResultError(f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it.")
-        data = xr.Dataset({name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"])
+            raise ResultError(
+                f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it."
+            )
+        data = xr.Dataset(
+            {name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"]
+        )
         return data, fields["meta"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ResultError(f"{path} has a header that cannot be read ({error!r}): make the result again.") from error

@@ -8,7 +8,7 @@ further edited blocks base and contribution are the edited run's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,12 +44,13 @@ class CleanRun:
 
     `base` + `contribution` is `resid_post`; `later[layer, head, key]` sums attention over strictly later queries and
     `diagonal` is A[q, q]; `keys`, `values` (rotated) exist where edited runs can reuse them. `path` is "fast",
-    "reference" or "cache".
+    "reference" or "cache". A run that nothing will be resumed from (`resumable=False`) holds resid_post in `base`, no
+    contribution, keys or values: a quarter of the memory. `loss` [pos]: next-token loss, NaN at the last position, where it was asked for.
     """
 
     tokens: Int[Tensor, " pos"]
     base: Float[Tensor, "layer pos d_model"]
-    contribution: Float[Tensor, "layer pos d_model"]
+    contribution: Float[Tensor, "layer pos d_model"] | None
     later: Float[Tensor, "layer head key"]
     diagonal: Float[Tensor, "layer head query"]
     columns: Columns | None
@@ -57,13 +58,14 @@ class CleanRun:
     values: tuple[Tensor, ...] | None
     inputs: BlockInputs | None
     path: str
+    loss: Float[Tensor, " pos"] | None = None
 
     @property
     def n_positions(self) -> int:
         return len(self.tokens)
 
     def resid_post(self, layer: int) -> Float[Tensor, "pos d_model"]:
-        return self.base[layer] + self.contribution[layer]
+        return self.base[layer] if self.contribution is None else self.base[layer] + self.contribution[layer]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def names_filter(model) -> Callable[[str], bool]:
 @torch.no_grad()
 def run_clean(
     model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0,
-    mask: Bool[Tensor, " padded_pos"] | None = None, path: str = "auto",
+    mask: Bool[Tensor, " padded_pos"] | None = None, loss: bool = False, resumable: bool = True, path: str = "auto",
 ) -> CleanRun:  # fmt: skip
     """The clean run of one text; `chosen` are key positions whose attention columns are wanted.
 
@@ -111,10 +113,12 @@ def run_clean(
     adapter = adapt(model)
     chosen = check_chosen(chosen, len(tokens))
     if clean_cache is not None:
-        return _clean_from_cache(adapter, tokens, clean_cache, row, mask, chosen)
-    if resolve_path(adapter, path) == "fast":
-        return _clean_fast(adapter, tokens, chosen)
-    return _clean_reference(adapter, tokens, chosen)
+        clean = _clean_from_cache(adapter, tokens, clean_cache, row, mask, chosen)
+    elif resolve_path(adapter, path) == "fast":
+        clean = _clean_fast(adapter, tokens, chosen, resumable)
+    else:
+        clean = _clean_reference(adapter, tokens, chosen)
+    return replace(clean, loss=clean_loss(model, clean)) if loss else clean
 
 
 def resolve_path(adapter: Adapter, path: str) -> str:
@@ -124,7 +128,9 @@ def resolve_path(adapter: Adapter, path: str) -> str:
     if path == "reference":
         return path
     if path == "fast" and adapter.twin is None:
-        raise InputError(f"the fast path cannot serve this model ({adapter.twin_refusal}): use path='auto' or 'reference'.")
+        raise InputError(
+            f"the fast path cannot serve this model ({adapter.twin_refusal}): use path='auto' or 'reference'."
+        )
     return "reference" if adapter.twin is None else "fast"
 
 
@@ -137,25 +143,29 @@ def check_chosen(chosen: Sequence[int], n_positions: int) -> tuple[int, ...]:
     return tuple(int(p) for p in chosen)
 
 
-def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...]) -> CleanRun:
+def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resumable: bool) -> CleanRun:
     twin = adapter.twin
     inputs = twin.block_inputs(tokens)
     n_layers, n, d = adapter.n_layers, len(tokens), inputs.embed.shape[-1]
     base = torch.empty(n_layers, n, d, dtype=inputs.embed.dtype, device=tokens.device)
-    contribution = torch.empty_like(base)
+    contribution = torch.empty_like(base) if resumable else None
     later = torch.empty(n_layers, adapter.n_heads, n, device=tokens.device)
     diagonal = torch.empty_like(later)
     keys, values, attentions = [], [], []
     chosen_tensor = torch.tensor(chosen) if chosen else None
     for run in twin.run(inputs.embed, inputs, range(n_layers), chosen=chosen_tensor, sums=True):
-        base[run.layer], contribution[run.layer] = run.tap.base[0], run.tap.contribution[0]
+        if resumable:
+            base[run.layer], contribution[run.layer] = run.tap.base[0], run.tap.contribution[0]
+            keys.append(run.tap.key)
+            values.append(run.tap.value)
+        else:
+            base[run.layer] = run.resid_post[0]
         later[run.layer], diagonal[run.layer] = run.tap.attention.later[0], run.tap.attention.diagonal[0]
-        keys.append(run.tap.key)
-        values.append(run.tap.value)
         if chosen:
             attentions.append(run.tap.attention)
     columns = _columns(chosen, attentions) if chosen else None
-    return CleanRun(tokens, base, contribution, later, diagonal, columns, tuple(keys), tuple(values), inputs, "fast")
+    kept = (tuple(keys), tuple(values)) if resumable else (None, None)
+    return CleanRun(tokens, base, contribution, later, diagonal, columns, *kept, inputs, "fast")
 
 
 def _columns(chosen: tuple[int, ...], attentions: Sequence[AttentionSums], row: int = 0) -> Columns:
@@ -246,7 +256,9 @@ def _clean_from_cache(
         value = cache[name]
         if getattr(cache, "has_batch_dim", True):
             if not 0 <= row < len(value):
-                raise CacheError(f"clean_cache has {len(value)} rows and row {row} was asked for: cache the same batch.")
+                raise CacheError(
+                    f"clean_cache has {len(value)} rows and row {row} was asked for: cache the same batch."
+                )
             value = value[row]
         is_pattern = name.endswith("hook_pattern")
         if mask is not None:
@@ -254,7 +266,9 @@ def _clean_from_cache(
             value = value[:, own][:, :, own] if is_pattern else value[own]
         n_positions = value.shape[-1] if is_pattern else len(value)
         if n_positions != len(tokens):
-            raise CacheError(f"clean_cache holds {n_positions} positions at {name}, the text {len(tokens)}: cache the same tokens.")
+            raise CacheError(
+                f"clean_cache holds {n_positions} positions at {name}, the text {len(tokens)}: cache the same tokens."
+            )
         return value
 
     base = torch.stack([_sum(take(name) for name in adapter.base_hooks(layer)) for layer in layers])
@@ -320,13 +334,19 @@ def run_edited(
     cells = [tuple(row) for row in rows]
     if not cells:
         return []
-    if clean.columns is None:
-        raise InputError("the clean run holds no columns: make it with run_clean(..., chosen=positions).")
+    if clean.columns is None or clean.contribution is None:
+        raise InputError(
+            "the clean run holds no columns, or cannot be resumed: make it with run_clean(..., chosen=positions)."
+        )
     for row in cells:
         for edit in row:
             edit.check(adapter.n_layers, clean.n_positions)
         if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
+    if path == "fast" and clean.inputs is None:
+        raise InputError(
+            "the fast path needs a clean run of its own, this one is the reference path's: use path='auto'."
+        )
     fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
     runs: list[EditedRun | None] = [None] * len(cells)
     for resume, members in batches(cells, alone=adapter.mixes_rows):
@@ -429,14 +449,10 @@ def _edited_fast(
         raise TwinRefused(f"{expected} edits were asked for and {counter[0]} were made: report this model.")
     losses: list[Tensor | None] = [None] * len(rows)
     if loss:
-        clean_loss = (
-            next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens)
-            if start
-            else None
-        )
+        before = clean.loss if clean.loss is not None or not start else clean_loss(adapter.model, clean)
         for row in range(len(rows)):
             own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
-            losses[row] = own if clean_loss is None else torch.cat([clean_loss[:start], own])
+            losses[row] = torch.cat([before[:start], own]) if start else own
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
     columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
     return [EditedRun(row, columns[i], resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)]
@@ -526,7 +542,7 @@ def _loss_of_logits(logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " 
 def clean_loss(model, clean: CleanRun) -> Float[Tensor, " pos"]:
     """Next-token loss of the unedited text, [pos], NaN at the last position."""
     adapter = adapt(model)
-    if adapter.twin is not None:
+    if adapter.twin is not None and clean.path != "reference":
         return next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens)
     with torch.no_grad():
         return _loss_of_logits(adapter.model(clean.tokens[None], return_type="logits")[0], clean.tokens)

@@ -59,11 +59,12 @@ def sink_scores(
     Raises InputError for tokens that do not fit the model, CacheError for a cache that misses hooks.
     """
     check_min_queries(min_queries)
-    tokens = as_tokens(model, tokens, attention_mask)
     windows = adapt(model).windows
+    tokens = as_tokens(model, tokens, attention_mask)
     scores = []
     for row, ids in enumerate(tokens):
-        clean = run_clean(model, ids, clean_cache=clean_cache, row=row, path=path)
+        mask = None if attention_mask is None else attention_mask[row]
+        clean = run_clean(model, ids, clean_cache=clean_cache, row=row, mask=mask, resumable=False, path=path)
         scores.append(scores_of(clean, windows, inclusive=inclusive, min_queries=min_queries))
     return SinkScores(tuple(scores), tokens, inclusive, min_queries)
 
@@ -89,12 +90,16 @@ def query_counts(n_positions: int, windows: Sequence[int | None], device=None) -
     return torch.stack([later if window is None else later.clamp(max=window - 1) for window in windows])
 
 
-def column_scores(columns: Columns, windows: Sequence[int | None], min_queries: int = MIN_QUERIES) -> Float[Tensor, "layer head chosen"]:
+def column_scores(
+    columns: Columns, windows: Sequence[int | None], min_queries: int = MIN_QUERIES
+) -> Float[Tensor, "layer head chosen"]:
     """Scores of the chosen keys from their columns; NaN with fewer than `min_queries` later queries."""
     return _column_mean(columns.log_attention.exp(), columns, windows, min_queries)
 
 
-def column_log_odds(columns: Columns, windows: Sequence[int | None], min_queries: int = MIN_QUERIES) -> Float[Tensor, "layer head chosen"]:
+def column_log_odds(
+    columns: Columns, windows: Sequence[int | None], min_queries: int = MIN_QUERIES
+) -> Float[Tensor, "layer head chosen"]:
     """Mean over later queries of log A - log(sum of A over all other keys): no floor and no ceiling."""
     return _column_mean(columns.log_attention - columns.log_rest, columns, windows, min_queries)
 

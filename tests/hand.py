@@ -31,9 +31,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     frequency = theta ** (-torch.arange(0, d_head, 2, dtype=x.dtype) / d_head)
     angle = torch.arange(n_pos, dtype=x.dtype)[:, None] * frequency  # [pos, d_head / 2]
     first, second = x.chunk(2, dim=-1)
-    return torch.cat(
-        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
-    )
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
 def forward(

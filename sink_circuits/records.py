@@ -1,0 +1,155 @@
+"""Records: the JSON-lines format of the published code (Wong et al., 2512.22213), one text a line.
+
+`{"candidate_sinks": {"<pos>": {"layer": [..], "token_id": int, "sink_type": str}}, "sample_index": int,
+"prompt_len": int, "response_len": int, "full_text_len": int}`, keys in this order. Older files say `cliff` for
+`secondary`; reading makes it `secondary`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from sink_circuits.detection import OfficialResult
+from sink_circuits.errors import InputError, ResultError
+from sink_circuits.results import write_whole
+
+SINK_TYPES = ("secondary", "bos_sink", "noise")
+OLD_TYPES = {"cliff": "secondary"}
+LENGTHS = ("sample_index", "prompt_len", "response_len", "full_text_len")
+
+
+@dataclass(frozen=True)
+class CandidateSink:
+    """One token as the published procedure sees it: the layers of high cosine (ascending), its id, its type."""
+
+    layers: tuple[int, ...]
+    token_id: int
+    sink_type: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line: the candidate sinks of one text by position, and how long prompt, response and both together are."""
+
+    candidate_sinks: Mapping[int, CandidateSink]
+    sample_index: int
+    prompt_len: int
+    response_len: int
+    full_text_len: int
+
+    def to_json(self) -> str:
+        """The line, without its line break."""
+        sinks = {
+            str(position): {"layer": list(sink.layers), "token_id": sink.token_id, "sink_type": sink.sink_type}
+            for position, sink in self.candidate_sinks.items()
+        }
+        return json.dumps({"candidate_sinks": sinks, **{name: getattr(self, name) for name in LENGTHS}})
+
+
+def record_of(found: OfficialResult, token_ids, sample_index: int, prompt_len: int | None = None) -> Record:
+    """The record of one text, whose `token_ids` [pos] hold prompt and response; `prompt_len` None: all is prompt.
+
+    Raises InputError when the result belongs to another text or the prompt is longer than the text.
+    """
+    ids = [int(i) for i in token_ids]
+    prompt_len = len(ids) if prompt_len is None else prompt_len
+    if not 0 <= prompt_len <= len(ids):
+        raise InputError(f"prompt_len = {prompt_len} is out of range: the text has {len(ids)} tokens.")
+    if beyond := [position for position in found.layers if position >= len(ids)]:
+        raise InputError(
+            f"a sink at position {beyond[0]} in a text of {len(ids)} tokens: pass the tokens it was found in."
+        )
+    sinks = {
+        position: CandidateSink(tuple(layers), ids[position], found.sink_type[position])
+        for position, layers in found.layers.items()
+    }
+    return Record(sinks, sample_index, prompt_len, len(ids) - prompt_len, len(ids))
+
+
+def write_records(path: str | Path, records: Sequence[Record], overwrite: bool = False) -> None:
+    """One JSON line per record, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
+    text = "".join(record.to_json() + "\n" for record in records)
+    write_whole(Path(path), lambda temporary: temporary.write_text(text, "utf-8"), overwrite=overwrite)
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Records of this package or of the published code; empty lines are skipped.
+
+    Raises ResultError naming file, line and what is wrong there.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"records {path} cannot be read ({error}): check the path.") from error
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_parsed(json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ResultError(
+                f"{path}, line {number}: not a whole JSON object ({error}); was the file cut off?"
+            ) from error
+        except ValueError as error:
+            raise ResultError(f"{path}, line {number}: {error}.") from error
+    return records
+
+
+def records_table(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per candidate sink: sample_index, pos, token_id, sink_type, l_start, l_end, lifetime.
+
+    `l_start` and `l_end` are the outermost of its layers, `lifetime` is their number (gaps are not counted).
+    """
+    rows = [
+        (r.sample_index, position, s.token_id, s.sink_type, min(s.layers), max(s.layers), len(s.layers))
+        for r in records
+        for position, s in r.candidate_sinks.items()
+    ]
+    table = pd.DataFrame(rows, columns=["sample_index", "pos", "token_id", "sink_type", "l_start", "l_end", "lifetime"])
+    return table.astype({name: "int64" for name in table.columns if name != "sink_type"})
+
+
+def _parsed(fields) -> Record:
+    """A line's JSON as a record. Raises ValueError saying what is wrong."""
+    _need(fields, ("candidate_sinks", *LENGTHS), "the line")
+    sinks = fields["candidate_sinks"]
+    if not isinstance(sinks, dict):
+        raise ValueError(f"candidate_sinks is {sinks!r}, an object by position is needed")
+    candidates: dict[int, CandidateSink] = {}
+    for key, sink in sinks.items():
+        if not (key.isascii() and key.isdigit()):
+            raise ValueError(f"position {key!r} is not a whole number")
+        where = f"the sink at position {key}"
+        _need(sink, ("layer", "token_id", "sink_type"), where)
+        layers, kind = sink["layer"], sink["sink_type"]
+        kind = OLD_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+        if kind not in SINK_TYPES:
+            raise ValueError(
+                f"sink_type {kind!r} of {where} is unknown: {', '.join((*SINK_TYPES, *OLD_TYPES))} are known"
+            )
+        if not isinstance(layers, list) or not layers or not all(_is_count(layer) for layer in layers):
+            raise ValueError(f"layer of {where} is {layers!r}, a list of whole numbers is needed")
+        if not _is_count(sink["token_id"]):
+            raise ValueError(f"token_id of {where} is {sink['token_id']!r}, a whole number is needed")
+        candidates[int(key)] = CandidateSink(tuple(layers), sink["token_id"], kind)
+    for name in LENGTHS:
+        if not _is_count(fields[name]):
+            raise ValueError(f"{name} is {fields[name]!r}, a whole number is needed")
+    return Record(candidates, *(fields[name] for name in LENGTHS))
+
+
+def _need(fields, names: Sequence[str], where: str) -> None:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} is {type(fields).__name__}, a JSON object is needed")
+    if missing := [name for name in names if name not in fields]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

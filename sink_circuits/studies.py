@@ -1,0 +1,241 @@
+"""Studies: what a sweep runs over, as a frozen dataclass or a TOML file, checked wholly before any long work.
+
+Everything here is plain data: it crosses to workers, and its fingerprint names what was computed from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sink_circuits.errors import InputError
+
+KINDS = ("primary", "secondary", "primary-like")
+FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which prompts: `source` as `load_prompts` takes it, or `tokens`, a JSON-lines file of token ids.
+
+    A line of `tokens` is {"id": "a", "tokens": [0, 17, 4]}: for models without a tokenizer. `n`: only the first so
+    many; `max_tokens`: cut each after so many tokens; `chat`: wrap each in the chat template. Relative paths are
+    relative to the working directory.
+    """
+
+    source: str = "all"
+    tokens: str | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    chat: bool = False
+
+    def __post_init__(self):
+        _text(self.source, "prompts.source")
+        if self.tokens is not None:
+            _text(self.tokens, "prompts.tokens")
+            if self.chat or self.source != "all":
+                raise InputError("prompts.tokens are token ids already: leave prompts.source and prompts.chat out.")
+        for name in ("n", "max_tokens"):
+            if getattr(self, name) is not None:
+                _number(getattr(self, name), f"prompts.{name}", int, low=1)
+        _flag(self.chat, "prompts.chat")
+
+    def read(self) -> tuple[tuple[str, str | tuple[int, ...]], ...]:
+        """(id, text or token ids) of every prompt. Raises InputError for an unknown kind or a file that cannot be read."""
+        if self.tokens is not None:
+            return tuple((name, ids) for name, ids in read_token_file(Path(self.tokens))[: self.n])
+        from sink_circuits.prompts import load_prompts
+
+        prompts = load_prompts(self.source, self.n)
+        if self.n is not None and len(prompts) < self.n:
+            raise InputError(f"prompts.n = {self.n}, and {self.source!r} holds {len(prompts)}: ask for no more.")
+        return tuple((prompt.id, prompt.text) for prompt in prompts)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A sweep over models, prompts, layers and factors: rescale MLP contributions at the sinks of every prompt.
+
+    `kinds` of sinks are treated, at most `sinks_per_prompt` of them, drawn by `seed` (None: all). `layers`: "all" (each
+    by itself), "forming" (each sink's own, by a layer map), or numbers and joint sets: [3, [6, 7]]. Contributions are
+    multiplied by each of `factors` (0 ablates; 1 is the clean run and is not run). `loss`: the next-token loss too.
+    `min_queries`: later queries that a score needs; `thresholds` of detection by name (see `detection.Thresholds`).
+    `layers_per_cell`: layers (or joint sets) of one prompt in one unit of work. `threads`: torch threads of a worker,
+    part of the study because the last bits depend on it. `path` as in `run_clean`. Raises InputError.
+    """
+
+    models: tuple[str, ...]
+    prompts: Texts = field(default_factory=Texts)
+    kinds: tuple[str, ...] = ("secondary", "primary-like")
+    sinks_per_prompt: int | None = None
+    layers: str | tuple[tuple[int, ...], ...] = "all"
+    factors: tuple[float, ...] = FACTORS
+    loss: bool = False
+    min_queries: int = 16
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
+    layers_per_cell: int = 8
+    device: str = "cpu"
+    path: str = "auto"
+    threads: int = 1
+    seed: str = "study"
+
+    def __post_init__(self):
+        settle = object.__setattr__
+        settle(self, "models", tuple(_text(m, "a model") for m in _several(self.models, "models")))
+        prompts = _fields(Texts, self.prompts, "prompts") if isinstance(self.prompts, Mapping) else self.prompts
+        if not isinstance(prompts, Texts):
+            raise InputError(f"prompts = {prompts!r}: give a table of source or tokens, n, max_tokens, chat.")
+        settle(self, "prompts", prompts)
+        settle(self, "kinds", tuple(_one_of(kind, "kind", KINDS) for kind in _several(self.kinds, "kinds")))
+        settle(self, "layers", _layers(self.layers))
+        settle(self, "factors", tuple(_number(f, "factor", float, low=0) for f in _several(self.factors, "factors")))
+        for name in ("models", "kinds", "layers", "factors"):
+            if isinstance(values := getattr(self, name), tuple) and len(set(values)) < len(values):
+                raise InputError(f"{name} = {list(values)}: name each once.")
+        if self.sinks_per_prompt is not None:
+            _number(self.sinks_per_prompt, "sinks_per_prompt", int, low=1)
+        for name in ("min_queries", "layers_per_cell", "threads"):
+            _number(getattr(self, name), name, int, low=1)
+        _flag(self.loss, "loss")
+        _one_of(self.path, "path", ("auto", "fast", "reference"))
+        for name in ("device", "seed"):
+            _text(getattr(self, name), name)
+        settle(self, "thresholds", _thresholds(self.thresholds))
+
+    def detection_thresholds(self) -> dict[str, Any]:
+        """`thresholds`, with `min_queries` for the evidence too unless they say otherwise."""
+        return {"min_queries": self.min_queries, **self.thresholds}
+
+    def to_dict(self) -> dict:
+        """Plain lists, numbers and strings; `Study(**fields)` reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def read_study(path: str | Path) -> Study:
+    """A study from a TOML file whose keys are the fields of `Study`. Raises InputError for anything else."""
+    try:
+        with open(path, "rb") as file:
+            fields = tomllib.load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"study {path} cannot be read ({error}): check the path.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"study {path} is not TOML ({error}): mend that line.") from error
+    try:
+        return _fields(Study, fields, "the study")
+    except InputError as error:
+        raise InputError(f"study {path}: {error}") from error
+
+
+def read_token_file(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """(id, token ids) of every line. Raises InputError naming the line that cannot be read."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"token file {path} cannot be read ({error}): check the path.") from error
+    prompts: dict[str, tuple[int, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            name, ids = str(record.get("id", f"line-{number}")), record["tokens"]
+            if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
+                raise ValueError("the ids are not whole numbers from 0")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f'{path}, line {number}: {error}; a line is {{"id": "a", "tokens": [0, 17]}}.') from error
+        if name in prompts:
+            raise InputError(f"{path}, line {number}: the id {name!r} is taken; give each prompt its own.")
+        prompts[name] = tuple(ids)
+    if not prompts:
+        raise InputError(f"{path} holds no prompts: give at least one line.")
+    return list(prompts.items())
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 of plain data, 32 hex digits: the same for equal content, in every process and version of Python."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _fields(cls, given: Mapping, where: str):
+    """`cls(**given)`, with unknown and missing keys named."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f"{where} has no key {unknown[0]!r}: there are {', '.join(known)}.")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in given]:
+        raise InputError(f"{where} lacks the key {missing[0]!r}: give it.")
+    return cls(**given)
+
+
+def _several(values, name: str) -> tuple:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise InputError(f"{name} = {values!r}: give a list.")
+    if not (values := tuple(values)):
+        raise InputError(f"{name} is empty: give at least one.")
+    return values
+
+
+def _text(value, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{name} = {value!r}: give a string that is not empty.")
+    return value
+
+
+def _flag(value, name: str) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} = {value!r}: give true or false.")
+
+
+def _one_of(value, name: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}.")
+    return value
+
+
+def _number(value, name: str, kind: type, low: float = -math.inf):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole or (kind is float and isinstance(value, float) and math.isfinite(value))):
+        raise InputError(f"{name} = {value!r}: give a {'whole' if kind is int else 'finite'} number.")
+    if value < low:
+        raise InputError(f"{name} = {value}: at least {low}.")
+    return kind(value)
+
+
+def _layers(layers) -> str | tuple[tuple[int, ...], ...]:
+    if isinstance(layers, str):
+        return _one_of(layers, "layers", ("all", "forming"))
+    groups = []
+    for one in _several(layers, "layers"):
+        joint = _several(one, "a joint set of layers") if isinstance(one, list | tuple) else (one,)
+        group = tuple(sorted(_number(layer, "layer", int, low=0) for layer in joint))
+        if len(set(group)) < len(group):
+            raise InputError(f"the joint set {list(group)} names a layer twice: name each once.")
+        groups.append(group)
+    return tuple(groups)
+
+
+def _thresholds(given) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise InputError(f"thresholds = {given!r}: give a table, cosine = 0.9 for example.")
+    from sink_circuits.detection import Thresholds
+
+    known = Thresholds.__dataclass_fields__
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(f"threshold {name!r} is unknown: there are {', '.join(known)}.")
+        if name == "first_positions":
+            positions = _several(value, "first_positions") if value is not None else None
+            checked[name] = positions and tuple(_number(p, "a first position", int, low=0) for p in positions)
+        else:
+            checked[name] = _number(value, f"threshold {name}", type(known[name].default))
+    Thresholds(**checked)
+    return checked

@@ -1,0 +1,219 @@
+"""Whatever a researcher passes as tokens, checked and unpadded before anything is run."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from sink_circuits.errors import InputError
+from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens, load_prompts, token_texts
+
+WORDS = ["<s>", "[user]", "[/user]", "a", "b", "c", "<unk>"]
+
+
+class Model(nn.Module):
+    """All that prompts need of a model: its limits, its device, its tokenizer."""
+
+    def __init__(self, tokenizer=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.cfg = SimpleNamespace(n_ctx=12, d_vocab=7)
+        self.tokenizer = tokenizer
+
+
+def tokenizer(bos: bool = True, template: bool = True) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+    if template:
+        made.chat_template = "{% for m in messages %}<s> [user] {{ m['content'] }} [/user]{% endfor %}"
+    return made
+
+
+def lists(tokens: Tokens) -> list[list[int]]:
+    return [ids.tolist() for ids in tokens]
+
+
+def test_the_tokenizers_own_bos_is_there_once_and_none_is_added():
+    texts = PromptSet((Prompt("x", "text", "a b c"), Prompt("y", "text", "c")))
+    with_bos = texts.tokens(Model(tokenizer()))
+    assert lists(with_bos) == [[0, 3, 4, 5], [0, 5]]
+    assert with_bos.names == ("x", "y")
+    assert lists(texts.tokens(Model(tokenizer(bos=False)))) == [[3, 4, 5], [5]]
+    assert lists(texts.tokens(Model(tokenizer()), chat=True)) == [[0, 1, 3, 4, 5, 2], [0, 1, 5, 2]]
+    assert lists(texts.tokens(Model(tokenizer()), max_tokens=2)) == [[0, 3], [0, 5]]
+
+
+@pytest.mark.parametrize("form", ["text", "texts", "prompts", "1d", "2d", "list", "numpy", "numbers", "tokens"])
+def test_every_form_gives_the_same_ids(form):
+    rows = [[0, 3, 4]] if form in ("text", "1d") else [[0, 3, 4], [0, 4, 5]]
+    given_as = {
+        "text": "a b", "texts": ["a b", "b c"], "1d": torch.tensor(rows[0]), "2d": torch.tensor(rows),
+        "prompts": PromptSet((Prompt("p", "t", "a b"), Prompt("q", "t", "b c"))),
+        "list": [torch.tensor(r, dtype=torch.int32) for r in rows], "numpy": np.array(rows), "numbers": rows,
+        "tokens": Tokens(tuple(torch.tensor(r) for r in rows), ("p", "q")),
+    }[form]  # fmt: skip
+    tokens = as_tokens(Model(tokenizer()), given_as)
+    assert lists(tokens) == rows
+    assert all(ids.dtype == torch.long for ids in tokens)
+    assert len(set(tokens.names)) == len(rows)
+
+
+@given(st.data(), st.lists(st.integers(1, 8), min_size=1, max_size=5), st.booleans())
+def test_unpadding_gives_back_the_texts(data, lengths, left):
+    texts = [data.draw(st.lists(st.integers(0, 6), min_size=n, max_size=n)) for n in lengths]
+    width = max(lengths) + data.draw(st.integers(0, 3))
+    pad = [width - n for n in lengths]
+    tokens = torch.tensor([[6] * p + t if left else t + [6] * p for p, t in zip(pad, texts, strict=True)])
+    mask = torch.tensor([[0] * p + [1] * n if left else [1] * n + [0] * p for p, n in zip(pad, lengths, strict=True)])
+    assert lists(as_tokens(Model(), tokens, mask)) == texts
+    assert lists(as_tokens(Model(), tokens, mask.bool())) == texts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        ([], None, "no prompts were given"),
+        (torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5), "no prompts were given"),
+        (torch.zeros(0, dtype=torch.long), None, "prompt 0 is empty"),
+        ([[1, 2], []], None, "prompt 1 is empty"),
+        (torch.tensor([[1, 2]]), torch.zeros(1, 2), "prompt 0 is empty"),
+        (torch.zeros(2, 13, dtype=torch.long), None, "prompt 0 has 13 tokens, the model's context 12: shorten it"),
+        (torch.tensor([3, 7]), None, r"prompt 0 holds token id 7, the vocabulary 0\.\.6"),
+        ([[3], [-1, 3]], None, r"prompt 1 holds token id -1, the vocabulary 0\.\.6"),
+        (torch.tensor([0.5, 1.0]), None, r"shape \(2,\) and type torch.float32; integers of shape \[pos\]"),
+        (torch.tensor([True, False]), None, "type torch.bool"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), None, r"tokens have shape \(1, 2, 3\)"),
+        ([1, 2, 3], None, r"shape \(\)"),
+        (5, None, "tokens of type int cannot be read"),
+        (None, None, "tokens of type NoneType cannot be read"),
+        (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]), "attention_mask has holes"),
+        (torch.tensor([[1, 2, 3]]), torch.ones(1, 2), r"attention_mask has shape \(1, 2\), tokens \(1, 3\)"),
+        ([torch.tensor([1, 2])], torch.ones(1, 2), "attention_mask belongs to tokens of shape"),
+        ("a b", None, "no tokenizer: pass token ids"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tokens, mask, message):
+    with pytest.raises(InputError, match=message):
+        as_tokens(Model(), tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "prompt 'p' is empty: give it some text"),
+        (" \n", {}, "prompt 'p' is empty"),
+        ("a " * 12, {}, "prompt 0 has 13 tokens, the model's context 12"),
+        ("a", {"max_tokens": 0}, "max_tokens = 0.*at least 1"),
+        ("a b c", {"max_tokens": -1}, "max_tokens = -1.*at least 1"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(text, options, message):
+    with pytest.raises(InputError, match=message):
+        PromptSet((Prompt("p", "text", text),)).tokens(Model(tokenizer()), **options)
+
+
+def test_a_tokenizer_without_a_template_cannot_chat():
+    with pytest.raises(InputError, match="no chat template: leave `chat` off"):
+        load_prompts("maths", 1).tokens(Model(tokenizer(template=False)), chat=True)
+
+
+def test_hash_tells_token_sequences_apart():
+    def hash_of(*rows):
+        return Tokens(tuple(torch.tensor(r) for r in rows), tuple("abcd"[: len(rows)])).hash
+
+    assert hash_of([1, 2, 3]) == hash_of([1, 2, 3])
+    assert (
+        len({hash_of([1, 2], [3]), hash_of([1], [2, 3]), hash_of([1, 2, 3]), hash_of([3], [1, 2]), hash_of([2, 1, 3])})
+        == 5
+    )
+
+
+def test_slices_keep_names_with_ids():
+    tokens = as_tokens(Model(), [[1], [2, 3], [4]])
+    assert lists(tokens[1:]) == [[2, 3], [4]]
+    assert tokens[1:].names == ("prompt-1", "prompt-2")
+    assert tokens[1].tolist() == [2, 3]
+
+
+def test_bundled_prompts_are_there_in_every_kind():
+    kinds = {"maths", "prose", "code", "lists", "dialogue"}
+    everything = load_prompts()
+    assert {p.kind for p in everything} == kinds
+    assert len({p.id for p in everything}) == len(everything)
+    for kind in kinds:
+        own = load_prompts(kind)
+        assert [p for p in everything if p.kind == kind] == list(own)
+        assert all(len(p.text) > 50 for p in own)
+    assert list(load_prompts("maths", 2)) == list(load_prompts("maths"))[:2]
+    assert isinstance(load_prompts()[:2], PromptSet)
+
+
+def test_files_of_ones_own(tmp_path):
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text('{"problem": "1 + 1", "id": 7, "kind": "sums"}\n\n{"text": "für"}\n', "utf-8")
+    assert list(load_prompts(lines)) == [Prompt("7", "sums", "1 + 1"), Prompt("line-3", "text", "für")]
+    text = tmp_path / "essay.txt"
+    text.write_text("one\ntwo", "utf-8")
+    assert list(load_prompts(str(text))) == [Prompt("essay", "text", "one\ntwo")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"tex": "y"}', "a.jsonl, line 2.*no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl, line 2.*mend or remove the line"),
+        ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1.*not a string"),
+        ("a.jsonl", b"[1]", "a.jsonl, line 1"),
+        ("a.jsonl", b'"text"', "a.jsonl, line 1"),
+        ("a.jsonl", b"\n", "holds no prompts"),
+        ("a.jsonl", b'{"text": "x", "id": 1}\n{"text": "y", "id": "1"}', "two prompts share an id"),
+        ("a.txt", b" ", "a.txt is empty"),
+        ("a.txt", b"\xff\xfe\xff", "cannot be read as UTF-8"),
+    ],
+)
+def test_broken_files_are_refused_with_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "n", "message"),
+    [
+        ("poetry", None, "'poetry' is neither a kind of bundled prompt.*maths.*nor a file"),
+        ("nowhere/a.jsonl", None, "nowhere/a.jsonl cannot be read.*check path"),
+        ("maths", 0, "n = 0 prompts asked for: at least 1"),
+    ],
+)
+def test_unknown_sources_are_refused(source, n, message):
+    with pytest.raises(InputError, match=message):
+        load_prompts(source, n)
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5, unique_by=lambda p: p[1]))
+def test_any_text_survives_a_file(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text, "id": name}, ensure_ascii=False) + "\n" for text, name in pairs), "utf-8"
+    )
+    assert [(p.text, p.id) for p in load_prompts(path)] == pairs
+
+
+def test_token_texts():
+    assert token_texts(Model(tokenizer()), torch.tensor([0, 3, 5])) == ["<s>", "a", "c"]
+    assert token_texts(Model(), torch.tensor([0, 3])) == ["<0>", "<3>"]
