@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
+    from sink_circuits.errors import SinkCircuitsError
     from sink_circuits.experiments import Effect, ablate, dose_response, layer_map, measure
     from sink_circuits.interventions import Edit, replace, rescale, zero
     from sink_circuits.models import adapt, load_model
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sink_circuits.sweeps import SweepResult, WorkerPool, load_sweep, sweep
 
 _ROOMS = {
+    "errors": ("SinkCircuitsError",),
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
     "experiments": ("Effect", "ablate", "dose_response", "layer_map", "measure"),
     "interventions": ("Edit", "replace", "rescale", "zero"),

@@ -90,11 +90,18 @@ def write_whole(path: Path, write: Callable[[Path], object], *, overwrite: bool 
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes its files readable by their owner alone
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_target(path: str | Path, *, overwrite: bool = False) -> None:
