@@ -113,9 +113,11 @@ class Detect:
         model, tokens = _load(self.model, self.texts, self.output)
         from sink_circuits import detection
 
+        # The published procedure looks for the BOS sink at 0 and 1, behind a chat template at 2 too.
+        first = ((0, 1, 2) if self.texts.chat else (0, 1)) if self.method == "official" else None
         sinks = detection.find_sinks(
-            model, tokens, method=self.method, cosine=self.cosine, norm_ratio=self.norm_ratio, path=self.output.path,
-            verbose=not self.output.quiet,
+            model, tokens, method=self.method, cosine=self.cosine, norm_ratio=self.norm_ratio, first_positions=first,
+            path=self.output.path, verbose=not self.output.quiet,
         )  # fmt: skip
         print(_table(sinks.table))
         counts = ", ".join(f"{n} {kind}" for kind, n in sinks.table["kind"].value_counts().items()) or "no sinks"
@@ -124,7 +126,7 @@ class Detect:
             "scores stand beside the geometry, they never decide."
         )
         if self.output.out and self.output.out.suffix == ".jsonl":
-            _write_official(model, tokens, self.output)
+            _write_official(model, tokens, first, self.output)
         elif self.output.out and self.output.out.suffix == ".csv":
             from sink_circuits.results import write_whole
 
@@ -373,18 +375,14 @@ def ascii_token(token: str) -> str:
     return repr(token)
 
 
-def _write_official(model, tokens, output: Output) -> None:
+def _write_official(model, tokens, first_positions, output: Output) -> None:
     from sink_circuits import detection, records
     from sink_circuits.runs import run_clean
 
-    found = [
-        records.record_of(
-            detection.official(detection.official_hidden_states(model, run_clean(model, ids, resumable=False))),
-            ids,
-            index,
-        )
-        for index, ids in enumerate(tokens)
-    ]
+    found = []
+    for index, ids in enumerate(tokens):
+        states = detection.official_hidden_states(model, run_clean(model, ids, resumable=False))
+        found.append(records.record_of(detection.official(states, first_positions), ids, index))
     records.write_records(output.out, found, overwrite=output.overwrite)
 
 

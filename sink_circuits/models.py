@@ -361,7 +361,7 @@ def load_model(
 ):  # fmt: skip
     """Load a model, check it, and return it as the TransformerLens object it is.
 
-    `source`: a name of the registry (`sink_circuits.models_table()`), a Hugging Face id `org/name@revision`, a local
+    `source`: a bundled name (`sink-circuits models` lists them), a Hugging Face id `org/name@revision`, a local
     directory in Hugging Face format, a GGUF file, a Hugging Face model, or a TransformerBridge or HookedTransformer,
     which is checked and returned as it is. Raises ModelError or WeightsError, each in one sentence.
     """

@@ -1,16 +1,36 @@
-"""Intervals over prompts: against a bootstrap written here, exact cases, and coverage on made-up data."""
+"""Intervals and tests over prompts: against scipy, naive enumerations, hand examples, and made-up studies without effect."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sink_circuits import statistics
 from sink_circuits.errors import InputError
-from sink_circuits.statistics import bootstrap_over_prompts, prompt_means, seed_of
+from sink_circuits.statistics import (
+    benjamini_hochberg,
+    bootstrap_columns,
+    bootstrap_over_prompts,
+    difference_to_controls,
+    discovery_confirmation_split,
+    equivalence_test,
+    holm,
+    max_t,
+    prompt_means,
+    prompt_table,
+    prompts_needed,
+    rank_among_controls,
+    seed_of,
+    sign_flip_test,
+    smallest_sign_flip_p,
+    trend_test,
+)
 
 
 def test_the_unit_is_the_prompt():
@@ -96,3 +116,404 @@ def test_interval_lies_within_the_data(values, confidence):
 def test_impossible_confidence_is_refused(confidence):
     with pytest.raises(InputError, match="confidence .* is out of range: between 0 and 1"):
         bootstrap_over_prompts([1.0, 2.0], ["a", "b"], name="x", confidence=confidence)
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_interval_is_scipys(n):
+    means = np.random.default_rng(n).normal(size=n)
+    estimate = bootstrap_over_prompts(means, range(n), name="x", confidence=0.9)
+    rng = {"rng" if scipy.__version__ >= "1.15" else "random_state": np.random.default_rng(seed_of("bootstrap", "x"))}
+    interval = scipy.stats.bootstrap(
+        (means,), np.mean, confidence_level=0.9, n_resamples=statistics.N_RESAMPLES, method="percentile", **rng
+    ).confidence_interval
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high), rel=1e-12)
+
+
+@given(
+    values=st.lists(st.lists(st.sampled_from([math.nan, 0.0, 1.5, -2.25, 1e3]), min_size=3, max_size=3), max_size=7),
+    prompts=st.lists(st.sampled_from("abc"), min_size=7, max_size=7),
+)
+def test_columns_are_the_same_numbers_as_each_alone(values, prompts):
+    values, prompts = np.array(values, dtype=float).reshape(-1, 3), prompts[: len(values)]
+    for names in ("x", ["x", "y", "z"]):
+        together = bootstrap_columns(values, prompts, name=names)
+        for column, estimate in enumerate(together):
+            alone = bootstrap_over_prompts(values[:, column], prompts, name=names[column] if names != "x" else "x")
+            np.testing.assert_equal(vars(estimate), vars(alone))  # NaN equals NaN here
+
+
+def test_a_table_has_a_row_per_prompt():
+    table = prompt_table([[1, math.nan], [3, math.nan], [5, 7]], ["b", "b", "a"])
+    np.testing.assert_equal(table, [[2, math.nan], [5, 7]])
+
+
+# Sign flips.
+
+ALTERNATIVES = ("two-sided", "greater", "less")
+sizes = st.floats(-100, 100).map(lambda x: round(x, 3))
+
+
+def naive_sign_flip(x, alternative: str) -> float:
+    """Every assignment of signs, one after the other."""
+    x = np.asarray(x)
+    sums = np.array([(x * signs).sum() for signs in itertools.product((1, -1), repeat=len(x))])
+    observed = x.sum()
+    sums, observed = {
+        "two-sided": (abs(sums), abs(observed)), "greater": (sums, observed), "less": (-sums, -observed)
+    }[alternative]  # fmt: skip
+    return float((sums >= observed - 1e-9).mean())
+
+
+@given(st.lists(sizes, min_size=1, max_size=8), st.sampled_from(ALTERNATIVES))
+def test_sign_flip_is_the_naive_enumeration(x, alternative):
+    result = sign_flip_test(x, range(len(x)), alternative=alternative)
+    assert result.p == pytest.approx(naive_sign_flip(x, alternative))
+    assert (result.n, result.alternative, result.statistic) == (len(x), alternative, pytest.approx(np.mean(x)))
+    assert result.smallest_p <= result.p <= 1
+    most_extreme = np.abs(x) * (-1 if alternative == "less" else 1)
+    assert result.smallest_p == pytest.approx(naive_sign_flip(most_extreme, alternative))
+
+
+@given(st.lists(sizes, min_size=2, max_size=8))
+def test_sign_flip_does_not_depend_on_unit_order_or_sign(x):
+    p = sign_flip_test(x, range(len(x))).p
+    assert sign_flip_test([1e-6 * v for v in x], range(len(x))).p == p
+    assert sign_flip_test([1e200 * v for v in x], range(len(x))).p == p
+    assert sign_flip_test(x[::-1], range(len(x))).p == p
+    assert sign_flip_test([-v for v in x], range(len(x))).p == p
+    greater = sign_flip_test(x, range(len(x)), alternative="greater")
+    assert sign_flip_test([-v for v in x], range(len(x)), alternative="less").p == greater.p
+
+
+@pytest.mark.parametrize("alternative", ALTERNATIVES)
+def test_sign_flip_is_scipys_permutation_test(alternative):
+    x = np.random.default_rng(3).normal(0.4, size=10)
+    scipys = scipy.stats.permutation_test(
+        (x,), np.mean, permutation_type="samples", alternative=alternative, n_resamples=np.inf, vectorized=True
+    )
+    assert sign_flip_test(x, range(10), alternative=alternative).p == pytest.approx(scipys.pvalue)
+
+
+def test_many_prompts_are_drawn_near_the_exact_answer_and_repeatable(monkeypatch):
+    x = np.random.default_rng(1).normal(0.35, size=16)
+    drawn = sign_flip_test(x, range(16), name="a")
+    assert drawn == sign_flip_test(x, range(16), name="a")
+    assert drawn.p != sign_flip_test(x, range(16), name="b").p
+    assert drawn.smallest_p == 1 / 10_000
+    assert sign_flip_test(np.ones(16), range(16)).p == pytest.approx(1 / 10_000, abs=4 / 10_000)
+    monkeypatch.setattr(statistics, "EXACT_PROMPTS", 16)
+    exact = sign_flip_test(x, range(16))
+    assert abs(drawn.p - exact.p) < 5 * (exact.p * (1 - exact.p) / 9999) ** 0.5 + 1e-4
+    assert exact.smallest_p == 2 / 2**16
+    monkeypatch.setattr(statistics, "_CHUNK_FLOATS", 1000)
+    assert sign_flip_test(x, range(16)) == exact  # the chunks do not show
+
+
+def test_the_smallest_p_and_how_many_prompts_it_takes():
+    assert [smallest_sign_flip_p(n) for n in (0, 1, 2, 6)] == [1, 1, 0.5, 1 / 32]
+    assert [smallest_sign_flip_p(n, "greater") for n in (0, 1, 5)] == [1, 0.5, 1 / 32]
+    assert [prompts_needed(a) for a in (1, 0.05, 0.01)] == [1, 6, 8]
+    assert [prompts_needed(a, "less") for a in (0.5, 0.05, 0.01)] == [1, 5, 7]
+    six = sign_flip_test([1, 2, 3, 4, 5, 6], range(6))
+    assert six.p == six.smallest_p == 1 / 32
+
+
+def test_few_prompts_zeros_and_nan():
+    none = sign_flip_test([math.nan], ["a"])
+    assert (none.n, math.isnan(none.p), math.isnan(none.smallest_p)) == (0, True, True)
+    assert sign_flip_test([3.0], ["a"]).p == 1
+    assert sign_flip_test([3.0, 4.0, math.nan], list("aab")) == sign_flip_test([3.5], ["a"])  # one prompt
+    zeros = sign_flip_test([0.0, 0.0, 0.0], range(3))
+    assert (zeros.p, zeros.smallest_p, zeros.statistic, zeros.n) == (1, 1, 0, 3)
+    with_zeros = sign_flip_test([1.0, 2.0, 0.0], range(3))
+    assert (with_zeros.p, with_zeros.smallest_p, with_zeros.n) == (0.5, 0.5, 3)
+
+
+def naive_max_t(effects: np.ndarray) -> np.ndarray:
+    """Largest |sum / root of the sum of squares| of every assignment of signs to prompts, two-sided."""
+
+    def statistic(x):
+        root = np.sqrt(np.nansum(x**2, axis=0))
+        return np.abs(np.nansum(x, axis=0)) / np.where(root == 0, 1, root)
+
+    largest = [
+        statistic(effects * np.array(signs)[:, None]).max() for signs in itertools.product((1, -1), repeat=len(effects))
+    ]
+    return (np.array(largest)[:, None] >= statistic(effects) - 1e-9).mean(0)
+
+
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 1000), st.booleans())
+def test_max_t_is_the_naive_enumeration(n_prompts, n_cells, seed, holes):
+    rng = np.random.default_rng(seed)
+    effects = rng.normal(size=(n_prompts, n_cells)).round(1)
+    if holes:
+        effects[1:][rng.random((n_prompts - 1, n_cells)) < 0.3] = math.nan
+    result = max_t(effects)
+    np.testing.assert_allclose(result.p, naive_max_t(effects))
+    assert result.n.tolist() == (~np.isnan(effects)).sum(0).tolist()
+    for cell in range(n_cells):
+        alone = sign_flip_test(effects[:, cell], range(n_prompts))
+        assert result.p[cell] >= alone.p - 1e-12  # the family costs something
+        assert result.smallest_p[cell] == alone.smallest_p <= result.p[cell] + 1e-12
+
+
+def test_max_t_orders_as_t_does_and_knows_impossible_cells():
+    effects = np.random.default_rng(0).normal([0.1, 0.5, 1.0, 2.0, 0, 0], 1, size=(9, 6))
+    effects[:, 4], effects[:, 5] = 0, math.nan
+    result = max_t(effects)
+    t = np.abs(scipy.stats.ttest_1samp(effects[:, :4], 0).statistic)
+    assert np.argsort(t).tolist() == np.argsort(np.abs(result.statistic[:4])).tolist()
+    assert result.p[4] == result.smallest_p[4] == 1
+    assert math.isnan(result.p[5])
+    assert (result.n[4], result.n[5]) == (9, 0)
+    assert np.isnan(max_t(np.full((3, 2), math.nan)).p).all()
+    greater, less = max_t(effects, alternative="greater").p, max_t(effects, alternative="less").p
+    assert greater[3] < 0.05 < less[3]
+    assert max_t(-effects, alternative="less").p.tolist()[:5] == greater.tolist()[:5]
+
+
+# Without an effect, P(p <= a) <= a within five standard errors; with one, tests see it.
+
+STUDIES = 1500
+
+
+def at_most_nominal(p: list[float]) -> bool:
+    p = np.array(p)
+    return all((p <= a).mean() <= a + 5 * (a * (1 - a) / len(p)) ** 0.5 for a in (0.01, 0.05, 0.1))
+
+
+@pytest.mark.parametrize("n", [8, 20])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_sign_flip_holds_its_level_without_an_effect(n, heavy):
+    """Three sinks per prompt that share what the prompt does to them; normal and heavy tails."""
+    rng = np.random.default_rng(n)
+    prompts = np.repeat(np.arange(n), 3)
+    p, naive = [], []
+    for study in range(STUDIES if n == 8 else 300):
+        shared = rng.standard_t(2, size=n) if heavy else rng.normal(size=n)
+        values = np.repeat(shared, 3) + 0.3 * rng.normal(size=3 * n)
+        p.append(sign_flip_test(values, prompts, name=str(study)).p)
+        naive.append(scipy.stats.ttest_1samp(values, 0).pvalue)
+    assert at_most_nominal(p)
+    assert np.mean(np.array(p) <= 0.1) > 0.04  # and does not just say 1
+    assert not at_most_nominal(naive)  # sinks taken for independent: what the prompt as unit is for
+
+
+def test_max_t_holds_the_family_and_finds_the_planted_cell():
+    """30 dependent cells: single tests err in most maps, the family in at most a share alpha; a planted layer is found."""
+    rng = np.random.default_rng(0)
+    smallest, single, found = [], [], 0
+    for study in range(400):
+        effects = rng.normal(size=(9, 30)) + rng.normal(size=(9, 1))
+        smallest.append(max_t(effects).p.min())
+        single.append(min(sign_flip_test(effects[:, cell], range(9)).p for cell in range(30)) if study < 40 else 1)
+        found += max_t(effects + 4 * (np.arange(30) == 7)).p[7] <= 0.05
+    assert at_most_nominal(smallest)
+    assert np.mean(np.array(single[:40]) <= 0.05) > 0.2
+    assert found / 400 > 0.8
+
+
+def test_sign_flip_sees_an_effect_of_two_standard_deviations():
+    rng = np.random.default_rng(0)
+    assert np.mean([sign_flip_test(rng.normal(2, size=8), range(8)).p <= 0.05 for _ in range(300)]) > 0.95
+
+
+def test_trends_hold_their_level_for_smooth_curves_where_pages_test_does_not():
+    """Each prompt's curve rises or falls by chance: no common trend, and no two doses exchangeable."""
+    rng = np.random.default_rng(0)
+    dose = np.array([0, 0.25, 0.5, 1, 2, 4])
+    ours, pages = [], []
+    for _ in range(400):
+        curves = rng.normal(size=(8, 1)) * dose + 0.05 * rng.normal(size=(8, 6))
+        ours.append(trend_test(dose, curves).p)
+        pages.append(scipy.stats.page_trend_test(curves, method="asymptotic").pvalue)
+    assert at_most_nominal(ours)
+    assert np.mean(np.array(pages) <= 0.05) > 0.15
+    rising = rng.normal(1, 0.2, size=(8, 1)) * dose + 0.05 * rng.normal(size=(8, 6))
+    assert trend_test(dose, rising).p == pytest.approx(1 / 256)
+
+
+def test_equivalence_holds_its_level_at_the_margin_and_sees_small_effects():
+    rng = np.random.default_rng(0)
+    at_margin = [equivalence_test(rng.normal(0.5, 1, size=8), range(8), 0.5).p for _ in range(600)]
+    assert at_most_nominal(at_margin)
+    assert np.mean([equivalence_test(rng.normal(0, 0.1, size=8), range(8), 0.5).p <= 0.05 for _ in range(200)]) == 1
+
+
+def test_ranks_hold_their_level():
+    rng = np.random.default_rng(0)
+    for alternative in ALTERNATIVES:
+        assert at_most_nominal(
+            [rank_among_controls(x[0], x[1:], alternative=alternative).p for x in rng.normal(size=(STUDIES, 21))]
+        )
+
+
+# Trends and equivalence.
+
+
+def test_a_trend_is_the_mean_of_spearmans_correlations():
+    rng = np.random.default_rng(0)
+    dose, values = np.array([0, 1, 2, 5]), rng.normal(size=(6, 4))
+    values[2, 1] = values[2, 3]  # a tie shares its rank
+    values[3, 0] = math.nan
+    values[4] = 0.7  # all equal: no trend, and counted
+    values[5, :2] = math.nan  # two doses left: out
+    expected = [scipy.stats.spearmanr(dose, row, nan_policy="omit").statistic for row in values[:4]] + [0.0]
+    result = trend_test(dose, values, alternative="two-sided")
+    assert (result.n, result.statistic) == (5, pytest.approx(np.mean(expected)))
+    assert result.p == pytest.approx(naive_sign_flip(expected, "two-sided"))
+
+
+@given(st.integers(0, 1000), st.integers(3, 7), st.integers(1, 6))
+def test_a_trend_depends_on_order_alone(seed, n_doses, n_prompts):
+    rng = np.random.default_rng(seed)
+    dose, values = np.sort(rng.random(n_doses)), rng.normal(size=(n_prompts, n_doses))
+    result = trend_test(dose, values)
+    assert trend_test(dose**3, np.exp(values)) == result
+    order = rng.permutation(n_doses)
+    assert trend_test(dose[order], values[:, order]).statistic == pytest.approx(result.statistic)
+    assert trend_test(dose, -values, alternative="less").p == pytest.approx(result.p)
+    assert trend_test(dose, np.cumsum(np.exp(values), axis=1)).p == 0.5**n_prompts
+    sinks = np.repeat(values, 2, axis=0)
+    assert trend_test(dose, sinks, np.repeat(np.arange(n_prompts), 2)).p == result.p
+
+
+@given(st.lists(sizes, min_size=1, max_size=8), st.floats(0.01, 200), st.floats(1, 10))
+def test_equivalence_is_the_larger_of_two_tests_and_a_wider_margin_helps(x, margin, wider):
+    result = equivalence_test(x, range(len(x)), margin)
+    sides = naive_sign_flip(margin + np.array(x), "greater"), naive_sign_flip(margin - np.array(x), "greater")
+    assert result.p == pytest.approx(max(sides))
+    assert result.p >= result.smallest_p == 0.5 ** len(x)
+    assert equivalence_test(x, range(len(x)), margin * wider).p <= result.p + 1e-12
+    assert result.n == len(x)
+
+
+def test_effects_of_exactly_zero_are_equivalent_to_none():
+    result = equivalence_test(np.zeros(6), range(6), 0.1)
+    assert (result.p, result.smallest_p, result.n, result.alternative) == (1 / 64, 1 / 64, 6, "within ±0.1")
+    assert equivalence_test(np.zeros(3), range(3), 0.1).p == 1 / 8  # three prompts cannot say so
+    assert equivalence_test([math.nan], ["a"], 0.1).n == 0
+
+
+# Controls.
+
+
+def test_differences_to_controls_are_taken_sink_by_sink():
+    effects = [-3.0, -4.0, -5.0, math.nan, -1.0]
+    controls = [[-1.0, -2.0], [0.0, math.nan], [-1.0, -1.0], [0.0, 0.0], [math.nan, math.nan]]
+    prompts = ["a", "a", "b", "b", "c"]
+    result = difference_to_controls(effects, controls, prompts, name="x")
+    differences = [-1.5, -4.0, -4.0]
+    assert result.estimate == bootstrap_over_prompts(differences, ["a", "a", "b"], name="x")
+    assert result.test == sign_flip_test(differences, ["a", "a", "b"], name="x")
+    assert (result.n_sinks, result.n_unmatched, result.estimate.n) == (3, 1, 2)
+    one = difference_to_controls([1.0, 2.0], [0.5, 0.5], ["a", "b"], name="x", alternative="greater")
+    assert (one.estimate.mean, one.test.p) == (1.0, 0.25)
+
+
+@given(st.lists(st.integers(-5, 5), max_size=30), st.integers(-5, 5))
+def test_ranks_count_controls_that_are_as_far(controls, value):
+    greater, less = (rank_among_controls(value, controls, alternative=a) for a in ("greater", "less"))
+    n = len(controls)
+    assert greater.p == (1 + sum(c >= value for c in controls)) / (n + 1)
+    assert less.p == (1 + sum(c <= value for c in controls)) / (n + 1)
+    assert greater.statistic == 1 + sum(c >= value for c in controls)
+    assert (greater.n, greater.smallest_p) == (n, 1 / (n + 1))
+    both = rank_among_controls(value, controls, alternative="two-sided")
+    assert both.p == min(1, 2 * min(greater.p, less.p)) >= both.smallest_p
+    assert rank_among_controls(value + 1, controls).p <= greater.p
+
+
+def test_ranks_without_controls_or_value():
+    assert rank_among_controls(3.0, [1.0, math.nan, 2.0]).n == 2
+    assert (rank_among_controls(3.0, []).p, rank_among_controls(3.0, []).n) == (1, 0)
+    assert math.isnan(rank_among_controls(math.nan, [1.0]).p)
+    assert rank_among_controls(3.0, np.zeros(19)).p == 0.05
+
+
+# Many tests.
+
+
+def test_holm_and_benjamini_hochberg_by_hand():
+    p = [0.01, 0.04, math.nan, 0.03, 0.005]
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, math.nan, 0.06, 0.02])
+    np.testing.assert_allclose(benjamini_hochberg(p), [0.02, 0.04, math.nan, 0.04, 0.02])
+    assert holm([0.6, 0.7]).tolist() == [1, 1]
+    assert np.isnan(holm([math.nan])).all()
+    assert holm([]).size == benjamini_hochberg([]).size == 0
+    assert holm([[0.01, 0.5], [0.02, math.nan]]).shape == (2, 2)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
+def test_adjusted_p_values_reject_what_the_procedures_reject(p, alpha):
+    ordered = sorted(p)
+    m = len(p)
+    down = next((k for k, value in enumerate(ordered) if value * (m - k) > alpha), m)  # Holm: step down
+    up = max((k + 1 for k, value in enumerate(ordered) if value * m / (k + 1) <= alpha), default=0)  # BH: step up
+    assert (holm(p) <= alpha).sum() == down
+    assert (benjamini_hochberg(p) <= alpha).sum() == up
+    for adjusted in (holm(p), benjamini_hochberg(p)):
+        assert (adjusted >= np.array(p) - 1e-15).all()
+        assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
+    assert (holm(p) >= benjamini_hochberg(p) - 1e-15).all()
+
+
+# Splits.
+
+
+@given(
+    kinds=st.lists(st.sampled_from("xyz"), min_size=4, max_size=40), name=st.text(max_size=3), share=st.floats(0.3, 0.7)
+)  # fmt: skip
+def test_splits_are_disjoint_stratified_and_repeatable(kinds, name, share):
+    prompts = [f"p{i}" for i in range(len(kinds))]
+    split = discovery_confirmation_split(prompts, name, kinds=kinds, share=share)
+    assert sorted(split.discovery + split.confirmation) == sorted(prompts)
+    assert abs(len(split.discovery) - share * len(prompts)) <= 0.5 + 1e-9
+    kind_of = dict(zip(prompts, kinds, strict=True))
+    for kind in set(kinds):
+        n, ours = kinds.count(kind), sum(kind_of[p] == kind for p in split.discovery)
+        assert abs(ours - share * n) <= 1 + 1e-9
+    again = discovery_confirmation_split(prompts[::-1], name, kinds=kinds[::-1], share=share)
+    assert set(again.discovery) == set(split.discovery)
+
+
+def test_every_prompt_is_as_likely_on_either_side():
+    prompts = list("abcdefg")
+    splits = [discovery_confirmation_split(prompts, f"s{i}").discovery for i in range(600)]
+    counts = [sum(p in discovery for discovery in splits) for p in prompts]
+    expected = 600 * len(splits[0]) / 7
+    assert all(abs(count - expected) < 5 * (600 * 0.25) ** 0.5 for count in counts)
+    assert len({frozenset(discovery) for discovery in splits}) > 25
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sign_flip_test([1.0], ["a"], alternative="both"), "alternative 'both' is unknown: use one of two-sided"),
+        (lambda: sign_flip_test([math.inf], ["a"]), "some values are infinite: give finite ones, or NaN"),
+        (lambda: max_t([1.0, 2.0]), "values have 1 dimensions: give two, prompts and cells"),
+        (lambda: prompt_table([[1.0]], ["a", "b"]), "2 prompts for 1 rows of values"),
+        (lambda: bootstrap_columns([[1.0, 2.0]], ["a"], name=["x"]), "1 names for 2 columns"),
+        (lambda: bootstrap_columns([[1.0, 2.0]], ["a"], name="x", confidence=95), "confidence 95 is out of range"),
+        (lambda: prompts_needed(0), "alpha 0 is out of range"),
+        (lambda: trend_test([0, 1], [[1.0, 2.0]]), "2 distinct doses: a trend needs at least 3"),
+        (lambda: trend_test([0, 1, 1], [[1.0, 2.0, 3.0]]), "2 distinct doses"),
+        (lambda: trend_test([0, 1, 2], [[1.0, 2.0]]), "3 doses for 2 columns of values"),
+        (lambda: trend_test([0, 1, math.nan], [[1.0, 2.0, 3.0]]), "one finite dose per column"),
+        (lambda: equivalence_test([1.0], ["a"], 0), "margin 0 is not allowed: give the largest effect that counts as none"),
+        (lambda: equivalence_test([1.0], ["a"], math.nan), "margin nan is not allowed"),
+        (lambda: equivalence_test([1.0], ["a"], "small"), "margin 'small' is not allowed"),
+        (lambda: difference_to_controls([1.0, 2.0], [0.0], ["a", "b"], name="x"), "controls of 1 sinks for effects of 2"),
+        (lambda: difference_to_controls([[1.0]], [0.0], ["a"], name="x"), "effects have 2 dimensions"),
+        (lambda: holm([0.5, 1.1]), r"a p-value lies outside \[0, 1\]"),
+        (lambda: benjamini_hochberg([-0.1]), r"a p-value lies outside \[0, 1\]"),
+        (lambda: discovery_confirmation_split(["a", "a"], "x"), "a prompt is named twice"),
+        (lambda: discovery_confirmation_split(["a"], "x"), "1 prompts and a share of 0.5 leave one side empty"),
+        (lambda: discovery_confirmation_split(["a", "b"], "x", share=1.0), "share 1.0 is out of range"),
+        (lambda: discovery_confirmation_split(["a", "b"], "x", kinds=["k"]), "1 kinds for 2 rows of values"),
+    ],
+)  # fmt: skip
+def test_impossible_questions_are_refused_in_one_sentence(make, message):
+    with pytest.raises(InputError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
