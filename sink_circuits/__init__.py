@@ -7,7 +7,28 @@ if TYPE_CHECKING:
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
     from sink_circuits.errors import SinkCircuitsError
     from sink_circuits.experiments import Effect, ablate, dose_response, layer_map, measure
-    from sink_circuits.interventions import Edit, replace, rescale, zero
+    from sink_circuits.interventions import (
+        Edit,
+        compose,
+        custom,
+        denoising,
+        keep_direction,
+        mean_over_corpus,
+        mean_over_same_token,
+        noising,
+        patch,
+        random_direction,
+        remove_direction,
+        replace,
+        resample,
+        rescale,
+        set_norm,
+        swap_direction,
+        swap_norm,
+        transplant,
+        window,
+        zero,
+    )
     from sink_circuits.models import adapt, load_model
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
     from sink_circuits.runs import names_filter, run_clean, run_edited
@@ -19,7 +40,28 @@ _ROOMS = {
     "errors": ("SinkCircuitsError",),
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
     "experiments": ("Effect", "ablate", "dose_response", "layer_map", "measure"),
-    "interventions": ("Edit", "replace", "rescale", "zero"),
+    "interventions": (
+        "Edit",
+        "compose",
+        "custom",
+        "denoising",
+        "keep_direction",
+        "mean_over_corpus",
+        "mean_over_same_token",
+        "noising",
+        "patch",
+        "random_direction",
+        "remove_direction",
+        "replace",
+        "resample",
+        "rescale",
+        "set_norm",
+        "swap_direction",
+        "swap_norm",
+        "transplant",
+        "window",
+        "zero",
+    ),
     "models": ("adapt", "load_model"),
     "prompts": ("Prompt", "PromptSet", "Tokens", "load_prompts"),
     "runs": ("names_filter", "run_clean", "run_edited"),

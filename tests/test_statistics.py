@@ -200,7 +200,7 @@ def test_many_prompts_are_drawn_near_the_exact_answer_and_repeatable(monkeypatch
     assert drawn == sign_flip_test(x, range(16), name="a")
     assert drawn.p != sign_flip_test(x, range(16), name="b").p
     assert drawn.smallest_p == 1 / 10_000
-    assert sign_flip_test(np.ones(16), range(16)).p == pytest.approx(1 / 10_000, abs=4 / 10_000)
+    assert sign_flip_test(np.ones(40), range(40)).p == 1 / 10_000  # no drawn pattern reaches it, it counts itself
     monkeypatch.setattr(statistics, "EXACT_PROMPTS", 16)
     exact = sign_flip_test(x, range(16))
     assert abs(drawn.p - exact.p) < 5 * (exact.p * (1 - exact.p) / 9999) ** 0.5 + 1e-4
