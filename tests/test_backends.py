@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from common import BACKENDS
 
 import sink_circuits as sc
 from sink_circuits.models import adapt
 from sink_circuits.runs import run_clean, run_edited
 from sink_circuits.scores import column_log_odds, column_scores, scores_of
 
-lens = pytest.importorskip("transformer_lens")
-hooked_only = pytest.mark.skipif(
-    not hasattr(lens, "HookedTransformer"), reason="TransformerLens 4 has no HookedTransformer"
-)
+hooked_only = pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
 
 
 def hooked_smollm2(*, processed: bool = False, n_ctx: int = 512):
