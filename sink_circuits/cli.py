@@ -14,7 +14,7 @@ import tyro
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 from sink_circuits.sweep_command import Sweep
 
-Kind = Literal["primary", "secondary", "primary-like", "bos_sink", "noise"]
+Kind = Literal["primary", "secondary", "primary-like"]
 Model = Annotated[
     str,
     tyro.conf.Positional,
@@ -69,6 +69,20 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Where the table goes."""
+
+    out: Path | None = None
+    """Write the sinks here: .parquet, .csv, or (official) .jsonl in the published format."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+    path: Literal["auto", "fast", "reference"] = "auto"
+    """Execution path: `reference` goes through TransformerLens' hooks alone."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+@dataclass(frozen=True)
 class Models:
     """List the models whose weights ship inside Python packages, with their licences and whether they are cached."""
 
@@ -101,7 +115,7 @@ class Detect:
     """Centred cosine with the primary sink, above (robust)."""
     norm_ratio: float = 2.5
     """Norm over the layer's median norm, above (robust)."""
-    output: Output = field(default_factory=Output)
+    output: Table = field(default_factory=Table)
 
     def run(self) -> None:
         _free(self.output.out, self.output.overwrite)
@@ -308,7 +322,7 @@ def main(args: list[str] | None = None) -> int:
     return code
 
 
-def _load(name: str, texts: Texts, output: Output):
+def _load(name: str, texts: Texts, output: Output | Table):
     """The model and its tokens; the prompts are read first, so that a bad file is known before a long load."""
     from sink_circuits.prompts import load_prompts
 
@@ -327,6 +341,9 @@ def _experiment(command, experiment):
     for target in (output.out, output.figure):
         _free(target, output.overwrite)
     _check_suffix(output.out, (".safetensors", ".csv", ".parquet"))
+    _check_suffix(output.figure, (".html", ".svg", ".pdf", ".png"))
+    if finding.max_sinks is not None and finding.max_sinks < 1:
+        raise InputError(f"max_sinks = {finding.max_sinks}: at least 1.")
     model, tokens = _load(command.model, command.texts, output)
     from sink_circuits import demo
 
@@ -337,6 +354,7 @@ def _experiment(command, experiment):
         finding.max_sinks,
         cosine=finding.cosine,
         norm_ratio=finding.norm_ratio,
+        path=output.path,
         verbose=not output.quiet,
     )
     effect = experiment(model, tokens, sinks, path=output.path, verbose=not output.quiet)
@@ -375,7 +393,7 @@ def ascii_token(token: str) -> str:
     return repr(token)
 
 
-def _write_official(model, tokens, first_positions, output: Output) -> None:
+def _write_official(model, tokens, first_positions, output: Table) -> None:
     from sink_circuits import detection, records
     from sink_circuits.runs import run_clean
 

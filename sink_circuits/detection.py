@@ -34,9 +34,13 @@ class Thresholds:
     `cosine`: centred cosine with the primary, above. `norm_ratio`: norm over the layer's median norm, above.
     `min_lifetime`: layers a run of sink states must last. `bridge`: gaps of so many layers inside a run are bridged.
     `first_positions`: candidates for the primary (None: 0..3; for `official` 0, 1, as without a chat template).
-    `neighbours`: ordinary tokens within this distance are a sink's
-    comparison. Defaults were set on the bundled models, where attention confirms them: on Gemma 3 tokens with a
-    norm of 1.5 to 2.5 medians draw no more attention than ordinary ones, those above 2.5 draw 8 to 280 times as much.
+    `neighbours`: ordinary tokens within this distance are a sink's comparison. `phase_fall`, `phase_rise`: the primary's
+    phase also ends, without leaving sink state, when its norm ratio falls below its peak by the one factor and then rises
+    from the trough by the other.
+
+    Defaults were set on the bundled models, where attention confirms them: on Gemma 3 tokens with a norm of 1.5 to 2.5
+    medians draw no more attention than ordinary ones, those above 2.5 draw 8 to 280 times as much; there the primary
+    falls from 25 to 5 and comes back to 17 medians, which is one phase.
     """
 
     cosine: float = 0.9
@@ -46,13 +50,18 @@ class Thresholds:
     first_positions: tuple[int, ...] | None = None
     min_queries: int = MIN_QUERIES
     neighbours: int = 32
+    phase_fall: float = 4.0
+    phase_rise: float = 8.0
 
     def __post_init__(self):
         for name, low, high in (
             ("cosine", -1.0, 1.0), ("norm_ratio", 0.0, float("inf")), ("min_lifetime", 1, float("inf")), ("bridge", 0, float("inf")),
-            ("min_queries", 1, float("inf")), ("neighbours", 1, float("inf")),
+            ("min_queries", 1, float("inf")), ("neighbours", 1, float("inf")), ("phase_fall", 1.0, float("inf")),
+            ("phase_rise", 1.0, float("inf")),
         ):  # fmt: skip
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"threshold {name} = {value!r} is not a number.")
             if not low <= value <= high:
                 raise InputError(f"threshold {name} = {value} is out of range: {low} to {high}.")
         if self.first_positions is not None and (not self.first_positions or min(self.first_positions) < 0):
@@ -142,7 +151,7 @@ def find_sinks(
     rows: list[dict] = []
     bar = tqdm(tokens.ids, desc="finding sinks", unit="prompt", disable=not verbose or len(tokens) < 2)
     for index, ids in enumerate(bar):
-        mask = None if attention_mask is None else attention_mask[index]
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)[index]
         clean = run_clean(model, ids, clean_cache=clean_cache, row=index, mask=mask, resumable=False, path=path)
         found = (
             robust_rows(clean, adapter.windows, thresholds)
@@ -227,13 +236,30 @@ def find_primary(norm_ratio: Float[Tensor, "layer pos"], thresholds: Thresholds)
     best, best_size = None, 0.0
     for position in sorted(set(thresholds.first_positions or range(4))):
         if position >= norm_ratio.shape[1]:
-            continue
+            continue  # a text shorter than the usual four candidates
         ratios = norm_ratio[:, position]
         runs = layer_runs((ratios > thresholds.norm_ratio).tolist(), thresholds.bridge)
         size = sum(ratios[a : b + 1].sum().item() for a, b in runs if b - a + 1 >= thresholds.min_lifetime)
         if size > best_size:
             best, best_size = position, size
     return best
+
+
+def split_phases(ratios: Sequence[float], first: int, last: int, thresholds: Thresholds) -> list[tuple[int, int]]:
+    """One run of the primary's sink states, cut where its norm ratio falls far and rises far again.
+
+    A phase is one rise and what follows until it falls; the new one begins in the layer that has risen from the trough
+    by `phase_rise`.
+    """
+    phases, start, peak, trough = [], first, ratios[first], float("inf")
+    for layer in range(first, last + 1):
+        if ratios[layer] * thresholds.phase_fall < peak:
+            trough = min(trough, ratios[layer])
+        if trough < float("inf") and ratios[layer] > trough * thresholds.phase_rise:
+            phases.append((start, layer - 1))
+            start, peak, trough = layer, ratios[layer], float("inf")
+        peak = max(peak, ratios[layer])
+    return [*phases, (start, last)]
 
 
 def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thresholds) -> list[dict]:
@@ -251,7 +277,10 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
     geometry = geometry_of(clean, primary)
     primary_state = geometry.norm_ratio[:, primary] > thresholds.norm_ratio
     phases = [
-        r for r in layer_runs(primary_state.tolist(), thresholds.bridge) if r[1] - r[0] + 1 >= thresholds.min_lifetime
+        phase
+        for first, last in layer_runs(primary_state.tolist(), thresholds.bridge)
+        if last - first + 1 >= thresholds.min_lifetime
+        for phase in split_phases(geometry.norm_ratio[:, primary].tolist(), first, last, thresholds)
     ]
     state: Bool[Tensor, "layer pos"] = (
         (geometry.cosine > thresholds.cosine) & (geometry.norm_ratio > thresholds.norm_ratio) & primary_state[:, None]
@@ -260,8 +289,9 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
     ever = state.any(dim=0)
     rows = []
     for position in ever.nonzero().flatten().tolist():
-        for first, last in layer_runs(state[:, position].tolist(), thresholds.bridge):
-            if last - first + 1 < thresholds.min_lifetime:
+        runs = phases if position == primary else layer_runs(state[:, position].tolist(), thresholds.bridge)
+        for first, last in runs:
+            if position != primary and last - first + 1 < thresholds.min_lifetime:
                 continue
             phase = max((p for p in phases if p[0] <= first), default=None)
             if phase is None:

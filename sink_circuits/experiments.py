@@ -6,7 +6,8 @@ arrays of the clean and the edited outcome, the sinks they belong to, and a mani
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class Effect:
             raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
         if outcome == "loss":
             return values[what]
+        if "head" not in difference.dims:
+            raise InputError(
+                f"{outcome!r} has no heads to average over, it is a manipulation check: read effect.data[{outcome!r}]."
+            )
         return values[what].mean("head").where(self.reading()).mean("layer")
 
     def summary(self, confidence: float = 0.95) -> pd.DataFrame:
@@ -210,7 +215,7 @@ def measure(
         if not len(rows):
             continue
         positions = sorted({int(p) for r in rows for p in (table["pos"].iloc[r], table["primary_pos"].iloc[r])})
-        mask = None if attention_mask is None else attention_mask[index]
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)[index]
         clean = run_clean(
             model, ids, chosen=positions, clean_cache=clean_cache, row=index, mask=mask, loss=loss, path=path
         )
@@ -245,11 +250,13 @@ def _check_options(
 ) -> None:
     check_min_queries(min_queries)
     resolve_path(adapter, path)
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch_size = {batch_size}: at least 1, or None to choose by memory.")
 
 
 def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
+    if not isinstance(sinks, Sinks):
+        raise InputError(f"sinks of type {type(sinks).__name__} cannot be read: pass what find_sinks returns.")
     table = sinks.table.reset_index(drop=True)
     if not len(table):
         raise InputError("there are no sinks to treat: find_sinks found none of this kind in these prompts.")
@@ -366,6 +373,11 @@ def _note(
             arrays[f"{prefix}loss"][1][where] = tail.mean().item() if len(tail) else np.nan
 
 
+def _several(values) -> tuple:
+    """One value or several, as a tuple."""
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+
+
 def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Callable[[pd.Series], tuple[int, ...]]:
     """What `layer=`/`layers=` mean for each sink: one layer, a joint set, or "forming", each sink's own.
 
@@ -381,7 +393,9 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
             raise InputError("forming layers are not known: pass forming=layer_map(...).forming().")
         _check_layers(forming, n_layers)
         return lambda row: (int(forming.iloc[row.name]),)  # type: ignore[call-overload]  # the table's index counts rows
-    joint = (layer,) if layers is None else tuple(layers)
+    joint = (layer,) if layers is None else _several(layers)
+    if layers is None and isinstance(layer, Iterable):
+        raise InputError(f"layer {layer!r} names several: pass layers={layer!r} for a joint set.")
     if not joint or len(set(joint)) < len(joint):
         raise InputError(f"layers {joint}: name each layer once, and at least one.")
     _check_layers(joint, n_layers)
@@ -396,21 +410,35 @@ def _check_layers(layers, n_layers: int) -> None:
 
 def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping):
     """Check all arguments before anything is run, then find what was not given: (tokens, sinks, layers of each sink)."""
+    if unknown := set(options) - set(inspect.signature(measure).parameters):
+        raise InputError(f"option {sorted(unknown)[0]!r} is unknown: see measure() for those that there are.")
     waits = isinstance(layer, str) and layer == "forming" and layers is None and forming is None
     adapter = adapt(model)
     layers_of = None if waits else resolve_layers(model, layer, layers, forming)
     _check_options(adapter, **options)
-    tokens = as_tokens(model, tokens)
-    shared = {name: options[name] for name in ("clean_cache", "path", "verbose") if name in options}
-    sinks = find_sinks(model, tokens, **shared) if sinks is None else sinks
-    _check_sinks(sinks, tokens)
+    given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
+    shared = {name: options[name] for name in ("clean_cache", "path", "verbose", "attention_mask") if name in options}
+    sinks = find_sinks(model, given, **shared) if sinks is None else sinks
+    table = _check_sinks(sinks, tokens)
     if layer == "forming" and forming is not None and len(forming) != len(sinks):
         raise InputError(f"forming holds {len(forming)} layers for {len(sinks)} sinks: map the sinks that are treated.")
     if waits:
+        _check_late_sinks(table, tokens, options.get("min_queries", MIN_QUERIES))
         shared |= {name: options[name] for name in ("batch_size", "min_queries") if name in options}
-        forming = layer_map(model, tokens, sinks, layers=range(int(sinks.table["l_end"].max()) + 1), **shared).forming()
+        forming = layer_map(model, given, sinks, layers=range(int(table["l_end"].max()) + 1), **shared).forming()
         layers_of = resolve_layers(model, layer, layers, forming)
     return tokens, sinks, layers_of
+
+
+def _check_late_sinks(table: pd.DataFrame, tokens: Tokens, min_queries: int) -> None:
+    """Raises InputError, before a layer map is run, for a sink whose score would be undefined in every layer."""
+    for prompt, pos in zip(table["prompt"], table["pos"].tolist(), strict=True):
+        later = len(tokens.ids[tokens.names.index(prompt)]) - 1 - pos
+        if later < min_queries:
+            raise InputError(
+                f"the sink at position {pos} of prompt {prompt!r} has {later} later queries, its score needs {min_queries}: "
+                "leave it out (Sinks.table holds NaN scores there), or lower min_queries."
+            )
 
 
 def layer_map(
@@ -424,8 +452,8 @@ def layer_map(
     """
     if isinstance(intervention, str) and intervention != "zero":
         raise InputError(f"intervention {intervention!r} is unknown: use 'zero' or a function of the contribution.")
-    layers = tuple(range(adapt(model).n_layers) if layers is None else layers)
-    tokens, sinks, _ = _prepare(model, tokens, sinks, None, layers, None, options)
+    layers = tuple(range(adapt(model).n_layers)) if layers is None else _several(layers)
+    _, sinks, _ = _prepare(model, tokens, sinks, None, layers, None, options)
     name = "zero" if isinstance(intervention, str) else getattr(intervention, "__name__", "custom")
 
     def edits(label: int, row: pd.Series) -> tuple[Edit, ...]:
@@ -457,9 +485,9 @@ def ablate(
     """
     if method not in ("zero", "mean"):
         raise InputError(f"method {method!r} is unknown: use 'zero' or 'mean'.")
-    layers = None if layers is None else tuple(layers)
-    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
-    shared = {name: options[name] for name in ("clean_cache", "path") if name in options}
+    layers = None if layers is None else _several(layers)
+    _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
+    shared = {name: options[name] for name in ("clean_cache", "path", "attention_mask") if name in options}
     donors = mean_contributions(model, tokens, sinks, **shared) if method == "mean" else None
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
@@ -488,11 +516,11 @@ def dose_response(
     The axis `edit` is the factor. `layer`, `layers`, `forming` as in `ablate`; other options as in `measure`. Raises
     InputError for a negative, NaN or infinite factor, or one given twice.
     """
-    factors = [check_factor(factor) for factor in factors]
+    factors = [check_factor(factor) for factor in _several(factors)]
     if not factors or len(set(factors)) < len(factors):
         raise InputError(f"factors {factors}: give each once, and at least one.")
-    layers = None if layers is None else tuple(layers)
-    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
+    layers = None if layers is None else _several(layers)
+    _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
 
     def edits(factor: float, row: pd.Series) -> tuple[Edit, ...]:
         return tuple(rescale(one, int(row.pos), factor) for one in layers_of(row))
@@ -502,13 +530,14 @@ def dose_response(
 
 
 def mean_contributions(
-    model, tokens, sinks: Sinks, *, skip_first: int = 4, clean_cache=None, path: str = "auto"
+    model, tokens, sinks: Sinks, *, skip_first: int = 4, attention_mask=None, clean_cache=None, path: str = "auto"
 ) -> Float[Tensor, "layer d_model"]:  # fmt: skip
     """Mean contribution of every MLP over the ordinary tokens of these prompts: neither sinks nor the first `skip_first`."""
-    tokens = as_tokens(model, tokens)
+    tokens = as_tokens(model, tokens, attention_mask)
     total, count = None, 0
     for row, (name, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
-        clean = run_clean(model, ids, clean_cache=clean_cache, row=row, path=path)
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)[row]
+        clean = run_clean(model, ids, clean_cache=clean_cache, row=row, mask=mask, path=path)
         keep = torch.ones(len(ids), dtype=torch.bool)
         keep[:skip_first] = False
         keep[sinks.table.loc[sinks.table["prompt"] == name, "pos"].tolist()] = False

@@ -83,6 +83,11 @@ class Edit:
             raise InputError(
                 f"edit {self.name!r} returned {shape} for a contribution of shape {tuple(contribution.shape)}: return the same shape."
             )
+        if torch.isfinite(edited).all() and not edited.float().square().sum(dim=-1).isfinite().all():
+            raise InputError(
+                f"edit {self.name!r} of layer {self.layer} made a contribution too long to square (norm above 1e19), which norm "
+                "layers must: use smaller values."
+            )
         if not torch.isfinite(edited).all():
             raise InputError(
                 f"edit {self.name!r} of layer {self.layer} returned NaN or infinite values: return finite ones."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -137,6 +138,11 @@ def _has_user_hooks(model) -> bool:
 
 def _make_adapter(model) -> Adapter:
     backend = backend_of(model)
+    inner = getattr(model, "original_model", model)
+    if inner.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in inner.modules()):
+        raise ModelError(
+            "the model is in training mode, where dropout makes every run different: call model.eval() first."
+        )
     for layer in (0, model.cfg.n_layers - 1):
         for name in ("hook_mlp_out", "hook_resid_post", "attn.hook_pattern"):
             if f"blocks.{layer}.{name}" not in model.hook_dict:
@@ -163,6 +169,11 @@ def _make_adapter(model) -> Adapter:
     reference = _reference_pass(draft)
     checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
     for check in checks:
+        if not check.passed and _has_user_hooks(model):
+            raise ModelError(
+                f"check {check.name!r} failed while hooks of your own stand on the model: call model.reset_hooks() and add them "
+                "inside the run, with run_with_hooks."
+            )
         if not check.passed:
             raise ModelError(
                 f"check {check.name!r} failed: error {check.error:.2g}, at most {check.limit:.2g} is accepted; {check.remedy}"
@@ -178,7 +189,9 @@ def _make_adapter(model) -> Adapter:
         except Exception as error:  # whatever an unforeseen architecture does, the reference path serves, and says why
             twin, refusal = None, f"{type(error).__name__}: {error}"
     if not forms:
-        forms = tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers))
+        forms = _with_measured_windows(
+            model, tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers)), backend
+        )
     return Adapter(model, backend, twin, refusal, processed, parallel, forms, hash_weights(model), tuple(checks))
 
 
@@ -339,6 +352,35 @@ def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[Attentio
     )
 
 
+@torch.no_grad()
+def _with_measured_windows(model, forms: tuple[AttentionForm, ...], backend: str) -> tuple[AttentionForm, ...]:
+    """The forms with the windows that the patterns themselves show, on a text longer than the configured window.
+
+    Only for bridges whose configuration speaks of a window that may hold for some layers (GPT-Neo): which ones, no
+    two architectures say alike. Raises ModelError where the window is too long to be looked at.
+    """
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if backend != "bridge" or not isinstance(window, int) or window >= model.cfg.n_ctx:
+        return forms
+    if window > 2048:
+        raise ModelError(f"the window of {window} tokens cannot be checked without the fast path: at most 2048 can.")
+    tokens = torch.arange(window + 8, device=next(model.parameters()).device) % model.cfg.d_vocab
+    first_seen: dict[int, int] = {}
+
+    def hook(layer: int):
+        def look(pattern: Tensor, hook) -> None:
+            first_seen[layer] = int((pattern[0, :, -1] > 0).any(dim=0).int().argmax())
+
+        return f"blocks.{layer}.attn.hook_pattern", look
+
+    model.run_with_hooks(tokens[None], fwd_hooks=[hook(layer) for layer in range(len(forms))], stop_at_layer=len(forms))
+    return tuple(
+        replace(form, window=len(tokens) - first_seen[layer] if first_seen[layer] > 0 else None)
+        for layer, form in enumerate(forms)
+    )
+
+
 def _configured_form(model, layer: int) -> AttentionForm:
     """A layer's attention as the configuration states it, for models without a twin."""
     cfg = model.cfg
@@ -396,7 +438,10 @@ def load_model(
             f"{str(source)!r} could not be loaded ({first}): give one of {known_names()}, a folder with config.json and "
             "safetensors, a GGUF file, or a Hugging Face id while online."
         ) from error
-    return _bridge(hf.eval(), tokenizer, Path(str(source)).name, device)
+    name = (
+        str(source) if folder == str(source).partition("@")[0] and not Path(folder).exists() else Path(str(source)).name
+    )
+    return _bridge(hf.eval(), tokenizer, name, device)
 
 
 def _lacks_tokenizer(folder: str) -> bool:
@@ -439,7 +484,16 @@ def _folder_of(source: str, verbose: bool) -> tuple[str, str]:
 def _bridge(hf, tokenizer, name: str, device: str):
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+    hf = hf.eval()
     hf.config.architectures = [type(hf).__name__]
+    try:
+        hf = hf.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}): use device='cpu'."
+        ) from error
+    with contextlib.suppress(ValueError, AttributeError):  # patterns exist only there; some models know no other
+        hf.set_attn_implementation("eager")
     try:  # boot_transformers does the same, but takes every name for a hub's and warns about aliases
         bridge = build_bridge_from_module(
             hf,

@@ -29,8 +29,7 @@ class Prompt:
 class Tokens(Sequence):
     """Token ids of several prompts, each of its own length, never padded: position 0 is a prompt's first own token.
 
-    `ids[i]`: LongTensor [pos]. `names[i]`: the prompt's id. `n_special[i]`: how many leading tokens were put there by
-    the tokenizer (a BOS) or a chat template's first message marker; for display only.
+    `ids[i]`: LongTensor [pos]. `names[i]`: the prompt's id.
     """
 
     ids: tuple[Int[Tensor, " pos"], ...]
@@ -166,6 +165,7 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     padded, on either side), or a list of LongTensors [pos]. Raises InputError naming what is wrong.
     """
     names: tuple[str, ...] | None = None
+    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
     if isinstance(tokens, str):
         tokens = PromptSet((Prompt("text", "text", tokens),))
     if (

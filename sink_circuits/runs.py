@@ -238,11 +238,15 @@ def _clean_from_cache(
     adapter: Adapter, tokens: Tensor, cache, row: int, mask: Tensor | None, chosen: tuple[int, ...]
 ) -> CleanRun:  # fmt: skip
     layers = range(adapter.n_layers)
+    if not hasattr(cache, "keys"):
+        raise CacheError(
+            f"clean_cache is a {type(cache).__name__}: pass the cache itself, the second thing that run_with_cache returns."
+        )
     have = set(cache.keys())
     names = [name for layer in layers for name in (*adapter.base_hooks(layer), adapter.contribution_hook(layer))]
     missing = [name for name in names if name not in have]
     has_patterns = all(adapter.pattern_hook(layer) in have for layer in layers)
-    rotary = [tuple(_attention_input(have, layer, x) for x in "qk") for layer in layers]
+    rotary = [tuple(_attention_input(adapter, have, layer, x) for x in "qk") for layer in layers]
     has_inputs = all(q and k for q, k in rotary)
     if not has_patterns and not has_inputs:
         missing += [adapter.pattern_hook(layer) for layer in layers if adapter.pattern_hook(layer) not in have]
@@ -309,16 +313,16 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(dim=0)
 
 
-def _attention_input(have: set[str], layer: int, letter: str) -> str | None:
-    """The hook that holds queries or keys as the scores are made from them: rotated where there is a rotation."""
+def _attention_input(adapter: Adapter, have: set[str], layer: int, letter: str) -> str | None:
+    """The cached hook that holds queries or keys as the scores are made from them, or None.
+
+    Rotated ones where the model rotates; plain ones only where nothing else carries position into the scores.
+    """
     rotated, plain = f"blocks.{layer}.attn.hook_rot_{letter}", f"blocks.{layer}.attn.hook_{letter}"
-    return (
-        rotated
-        if rotated in have
-        else plain
-        if plain in have and f"blocks.{layer}.attn.hook_rot_{letter}" not in have
-        else None
-    )
+    if rotated in adapter.model.hook_dict:
+        return rotated if rotated in have else None
+    positions = str(getattr(adapter.cfg, "positional_embedding_type", ""))
+    return plain if plain in have and positions in ("standard", "shortformer") and not adapter.processed else None
 
 
 @torch.no_grad()

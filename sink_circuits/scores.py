@@ -63,7 +63,7 @@ def sink_scores(
     tokens = as_tokens(model, tokens, attention_mask)
     scores = []
     for row, ids in enumerate(tokens):
-        mask = None if attention_mask is None else attention_mask[row]
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)[row]
         clean = run_clean(model, ids, clean_cache=clean_cache, row=row, mask=mask, resumable=False, path=path)
         scores.append(scores_of(clean, windows, inclusive=inclusive, min_queries=min_queries))
     return SinkScores(tuple(scores), tokens, inclusive, min_queries)
