@@ -249,16 +249,18 @@ def split_phases(ratios: Sequence[float], first: int, last: int, thresholds: Thr
     """One run of the primary's sink states, cut where its norm ratio falls far and rises far again.
 
     A phase is one rise and what follows until it falls; the new one begins in the layer that has risen from the trough
-    by `phase_rise`.
+    by `phase_rise`. A trough of no more than `bridge` layers is a gap, and bridged.
     """
-    phases, start, peak, trough = [], first, ratios[first], float("inf")
+    phases, start, peak = [], first, ratios[first]
+    trough: list[float] = []
     for layer in range(first, last + 1):
-        if ratios[layer] * thresholds.phase_fall < peak:
-            trough = min(trough, ratios[layer])
-        if trough < float("inf") and ratios[layer] > trough * thresholds.phase_rise:
+        ratio = ratios[layer]
+        if len(trough) > thresholds.bridge and ratio > min(trough) * thresholds.phase_rise:
             phases.append((start, layer - 1))
-            start, peak, trough = layer, ratios[layer], float("inf")
-        peak = max(peak, ratios[layer])
+            start, peak, trough = layer, ratio, []
+        elif ratio * thresholds.phase_fall < peak:
+            trough.append(ratio)
+        peak = max(peak, ratio)
     return [*phases, (start, last)]
 
 

@@ -234,8 +234,9 @@ def measure(
             used = runs[0].path
     bar.close()
     manifest = Manifest.of(
-        adapter, tokens, what=what, path=used, together=together, min_queries=min_queries, **(settings or {})
-    )
+        adapter, tokens, what=what, path=used, together=together, min_queries=min_queries,
+        found=dict(sinks.manifest.settings), **(settings or {}),
+    )  # fmt: skip
     coords = {
         "edit": list(labels),
         "layer": np.arange(adapter.n_layers),

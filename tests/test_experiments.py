@@ -442,7 +442,7 @@ def test_edits_beyond_the_text_are_refused_before_anything_runs():
 
 
 def test_misspelt_options_are_not_swallowed():
-    with pytest.raises(TypeError, match="batchsize"):
+    with pytest.raises(InputError, match="batchsize"):
         call("ablate", layer=6, batchsize=3)
 
 
