@@ -164,7 +164,9 @@ def _bootstrap(means: np.ndarray, draws: Callable[[int], np.ndarray], confidence
     if np.ptp(means) == 0:
         return Estimate(float(means[0]), float(means[0]), float(means[0]), len(means))
     tail = (1 - confidence) / 2
-    low, high = np.percentile(means[draws(len(means))].mean(axis=-1), [tail * 100, (1 - tail) * 100])
+    low, high = np.sort(
+        np.percentile(means[draws(len(means))].mean(axis=-1), [tail * 100, (1 - tail) * 100])
+    )  # equal up to rounding they may come out of order
     return Estimate(float(means.mean()), float(low), float(high), len(means))
 
 
