@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -393,7 +393,8 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
         if forming is None:
             raise InputError("forming layers are not known: pass forming=layer_map(...).forming().")
         _check_layers(forming, n_layers)
-        return lambda row: (int(forming.iloc[row.name]),)  # type: ignore[call-overload]  # the table's index counts rows
+        own = [int(one) for one in forming]
+        return lambda row: (own[cast(int, row.name)],)  # the table's index counts its rows
     joint = (layer,) if layers is None else _several(layers)
     if layers is None and isinstance(layer, Iterable):
         raise InputError(f"layer {layer!r} names several: pass layers={layer!r} for a joint set.")
