@@ -45,7 +45,7 @@ $(VENV43)/.ready-dev: constraints/tl43.txt $(DEV) $(INPUTS)
 	$(INSTALL) $(VENV43) $< $(DEV)
 
 demo: $(VENV)/.ready-run
-	@$(BIN)/sink-circuits demo $(ARGS)
+	@$(BIN)/sink-circuits demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev
 	@$(BIN)/$(PYTEST) $(ARGS)
