@@ -249,7 +249,7 @@ def split_phases(ratios: Sequence[float], first: int, last: int, thresholds: Thr
     """One run of the primary's sink states, cut where its norm ratio falls far and rises far again.
 
     A phase is one rise and what follows until it falls; the new one begins in the layer that has risen from the trough
-    by `phase_rise`. A trough of no more than `bridge` layers is a gap, and bridged.
+    by `phase_rise`. A trough of no more than `bridge` layers on end is a gap, and bridged.
     """
     phases, start, peak = [], first, ratios[first]
     trough: list[float] = []
@@ -258,8 +258,8 @@ def split_phases(ratios: Sequence[float], first: int, last: int, thresholds: Thr
         if len(trough) > thresholds.bridge and ratio > min(trough) * thresholds.phase_rise:
             phases.append((start, layer - 1))
             start, peak, trough = layer, ratio, []
-        elif ratio * thresholds.phase_fall < peak:
-            trough.append(ratio)
+        else:
+            trough = [*trough, ratio] if ratio * thresholds.phase_fall < peak else []
         peak = max(peak, ratio)
     return [*phases, (start, last)]
 

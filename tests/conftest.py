@@ -10,7 +10,8 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # An example that imports or compiles something takes longer the first time: no time limit on single examples.
-settings.register_profile("sink_circuits", deadline=None, print_blob=True)
+# CI draws the same examples each time, so that a commit that passed passes again; elsewhere they are drawn anew.
+settings.register_profile("sink_circuits", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("sink_circuits")
 
 

@@ -46,6 +46,8 @@ def test_a_far_fall_and_rise_is_a_new_phase_without_leaving_sink_state():
     gemma = [25.3, 5.4, 5.4, 7.4, 12.2, 12.7, 17.1, 13.2, 15.7, 14.2, 9.2]
     assert split_phases(gemma, 0, 10, Thresholds()) == [(0, 10)]
     assert split_phases([5.0, 5.0], 0, 1, Thresholds()) == [(0, 1)]
+    gaps = [50.0, 1.0, 50.0, 1.0, 1.0, 1.0, 50.0]  # two bridged gaps are not one long trough
+    assert split_phases(gaps, 0, 6, Thresholds(bridge=3)) == [(0, 6)]
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:7"])
