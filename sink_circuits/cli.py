@@ -279,7 +279,7 @@ class Demo:
             raise ResultError(
                 f"folder {self.folder} exists and is not empty: choose another --folder, or pass --overwrite."
             )
-        _writable(self.folder)
+        _free(self.folder / "report.html", overwrite=True)
         model, tokens = _load(self.model, self.texts, Output(quiet=self.quiet))
         report = demo.run(
             model, tokens, folder=self.folder, kinds=self.finding.kinds, max_sinks=self.finding.max_sinks, cosine=self.finding.cosine,
@@ -406,24 +406,10 @@ def _write_official(model, tokens, first_positions, output: Table) -> None:
 
 def _free(target: Path | None, overwrite: bool) -> None:
     """Raises before any long work when a result could not be written."""
-    if target is None:
-        return
-    if target.exists() and not overwrite:
-        raise ResultError(f"{target} exists already: choose another name, or pass --overwrite.")
-    if target.is_dir():
-        raise ResultError(f"{target} is a folder: give a file name.")
-    _writable(target.parent)
+    if target is not None:
+        from sink_circuits.results import check_target
 
-
-def _writable(folder: Path) -> None:
-    import os
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultError(f"folder {folder} cannot be made ({error.strerror}): choose another.") from error
-    if not os.access(folder, os.W_OK):
-        raise ResultError(f"folder {folder} cannot be written: choose another.")
+        check_target(target, overwrite=overwrite)
 
 
 def _check_suffix(target: Path | None, allowed: tuple[str, ...]) -> None:

@@ -165,4 +165,4 @@ def test_a_folder_that_cannot_be_made_is_told_before_any_work(model, tmp_path, c
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main(["detect", "no-such-model", "--out", str(blocked / "sub" / "x.csv")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
