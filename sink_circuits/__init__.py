@@ -4,9 +4,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sink_circuits.claims import Claims, test_claims
+    from sink_circuits.controls import Controlled, randomly_initialised, with_controls
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
+    from sink_circuits.effects import Effect, interaction
     from sink_circuits.errors import SinkCircuitsError
-    from sink_circuits.experiments import Effect, ablate, dose_response, layer_map, measure
+    from sink_circuits.experiments import ablate, dose_response, layer_map, measure
+    from sink_circuits.holds import Hold
     from sink_circuits.interventions import (
         Edit,
         compose,
@@ -29,7 +33,11 @@ if TYPE_CHECKING:
         window,
         zero,
     )
+    from sink_circuits.invariants import check_invariants
+    from sink_circuits.mass import MassAccount, mass_account, measure_mass
     from sink_circuits.models import adapt, load_model
+    from sink_circuits.outcomes import Outcome, key_column, resid_post_at
+    from sink_circuits.paths import PathEffect, measure_paths, path_effects
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
     from sink_circuits.runs import names_filter, run_clean, run_edited
     from sink_circuits.scores import SinkScores, sink_scores
@@ -39,7 +47,15 @@ if TYPE_CHECKING:
 _ROOMS = {
     "errors": ("SinkCircuitsError",),
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
-    "experiments": ("Effect", "ablate", "dose_response", "layer_map", "measure"),
+    "claims": ("Claims", "test_claims"),
+    "controls": ("Controlled", "randomly_initialised", "with_controls"),
+    "effects": ("Effect", "interaction"),
+    "experiments": ("ablate", "dose_response", "layer_map", "measure"),
+    "holds": ("Hold",),
+    "invariants": ("check_invariants",),
+    "mass": ("MassAccount", "mass_account", "measure_mass"),
+    "outcomes": ("Outcome", "key_column", "resid_post_at"),
+    "paths": ("PathEffect", "measure_paths", "path_effects"),
     "interventions": (
         "Edit",
         "compose",

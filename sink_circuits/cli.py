@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -38,16 +39,42 @@ class Texts:
     """Wrap every text as a user's message in the chat template."""
 
 
+def _threshold(kind: str, default: float):
+    """An option that is None unless given, for `official` refuses it; its default is written where it is used."""
+    return tyro.conf.arg(metavar=kind, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass(frozen=True)
-class Finding:
+class Criteria:
     """What counts as a sink."""
+
+    cosine: Annotated[float | None, _threshold("FLOAT", 0.9)] = None
+    """Centred cosine with the primary sink, above."""
+    norm_ratio: Annotated[float | None, _threshold("FLOAT", 2.5)] = None
+    """Norm over the layer's median norm, above."""
+    min_lifetime: Annotated[int | None, _threshold("INT", 2)] = None
+    """Layers that a sink must last."""
+    bridge: Annotated[int | None, _threshold("INT", 1)] = None
+    """Gaps of so many layers inside a sink's life are bridged."""
+    min_queries: Annotated[int | None, _threshold("INT", 16)] = None
+    """Later tokens that a score needs; with fewer it is undefined."""
+    first_positions: Annotated[
+        tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: 0 1 2 3; official: 0 1, with --chat 0 1 2)")
+    ] = ()
+    """Where the primary sink (official: the BOS sink) is looked for."""
+
+    def given(self) -> dict[str, Any]:
+        """The thresholds that were given, as `find_sinks` takes them."""
+        values = {name: getattr(self, name) for name in Criteria.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the sinks are treated."""
 
     kinds: tuple[Kind, ...] = ("secondary", "primary-like")
     """Which kinds of sink to treat."""
-    cosine: float = 0.9
-    """Centred cosine with the primary sink, above."""
-    norm_ratio: float = 2.5
-    """Norm over the layer's median norm, above."""
     max_sinks: int | None = 8
     """Treat only the first so many sinks of all prompts; what is left out is said."""
 
@@ -90,14 +117,55 @@ class Models:
         from sink_circuits import weights
 
         for name, model in sorted(weights.REGISTRY.items()):
-            folder = weights.cache_root() / "models" / model.gguf_sha256[:16]
-            state = "cached" if weights.is_complete(folder, model.gguf_sha256) else "will be fetched on first use"
+            cached = weights.is_complete(weights.cached_folder(name), model.gguf_sha256)
+            state = "cached" if cached else "will be fetched on first use"
             print(f"{name:16} {model.licence:28} {state}")
             if model.notice:
                 print(f"{'':16} {model.notice}")
         print(
             "\nAlso: a folder in Hugging Face format, a GGUF file, or a Hugging Face id org/name@revision while online."
         )
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check a model of your own: the invariants that every measurement here rests on, and which execution path serves it.
+
+    Example: sink-circuits check path/to/model.gguf
+    """
+
+    model: Model
+    quiet: bool = False
+    """No progress bars."""
+
+    def run(self) -> int:
+        import pandas as pd
+
+        from sink_circuits.invariants import check_invariants
+        from sink_circuits.models import adapt, load_model
+
+        model = load_model(self.model, verbose=not self.quiet)
+        adapter = adapt(model)
+        checks = (*adapter.checks, *check_invariants(model))
+        rows = [
+            {"check": check.name, "error": check.error, "limit": check.limit, "": "ok" if check.passed else "FAILED"}
+            for check in checks
+        ]
+        print(_table(pd.DataFrame(rows)))
+        windows = sorted({window for window in adapter.windows if window is not None})
+        print(
+            f"\n{adapter.name}: {adapter.n_layers} layers, {adapter.n_heads} heads, {adapter.cfg.dtype}, weights {adapter.weights_hash}"
+            + (f", sliding windows of {', '.join(map(str, windows))}" if windows else "")
+        )
+        if adapter.processed:
+            print(f"The weights were processed: {', '.join(adapter.processed)}.")
+        print(f"Execution path: {f'reference only ({adapter.twin_refusal})' if adapter.twin is None else 'fast'}.")
+        failed = [
+            check for check in checks if not check.passed and not (adapter.twin is None and "fast path" in check.name)
+        ]
+        for check in failed:
+            print(f"{check.name}: {check.remedy}", file=sys.stderr)
+        return int(bool(failed))
 
 
 @dataclass(frozen=True)
@@ -110,11 +178,8 @@ class Detect:
     model: Model
     texts: Texts = field(default_factory=Texts)
     method: Literal["robust", "official"] = "robust"
-    """`official` is the published procedure, exactly; with --out x.jsonl it writes the published format."""
-    cosine: float = 0.9
-    """Centred cosine with the primary sink, above (robust)."""
-    norm_ratio: float = 2.5
-    """Norm over the layer's median norm, above (robust)."""
+    """`official` is the published procedure, exactly, with its own criteria; with --out x.jsonl it writes the published format."""
+    criteria: Criteria = field(default_factory=Criteria)
     output: Table = field(default_factory=Table)
 
     def run(self) -> None:
@@ -124,23 +189,25 @@ class Detect:
             raise InputError(
                 f"{self.output.out} is in the published format, which holds official detections: add --method official."
             )
-        model, tokens = _load(self.model, self.texts, self.output)
+        given = self.criteria.given()
+        if self.method == "official":
+            # The published procedure looks for the BOS sink at 0 and 1, behind a chat template at 2 too.
+            given = {"first_positions": (0, 1, 2) if self.texts.chat else (0, 1)} | given
+        model, tokens = _load(self.model, self.texts, given, method=self.method, verbose=not self.output.quiet)
         from sink_circuits import detection
 
-        # The published procedure looks for the BOS sink at 0 and 1, behind a chat template at 2 too.
-        first = ((0, 1, 2) if self.texts.chat else (0, 1)) if self.method == "official" else None
         sinks = detection.find_sinks(
-            model, tokens, method=self.method, cosine=self.cosine, norm_ratio=self.norm_ratio, first_positions=first,
-            path=self.output.path, verbose=not self.output.quiet,
-        )  # fmt: skip
-        print(_table(sinks.table))
+            model, tokens, method=self.method, path=self.output.path, verbose=not self.output.quiet, **given
+        )
+        if len(sinks):
+            print(_table(sinks.table))
         counts = ", ".join(f"{n} {kind}" for kind, n in sinks.table["kind"].value_counts().items()) or "no sinks"
         print(
-            f"\n{counts} in {len(tokens)} prompts ({sum(len(t) for t in tokens)} tokens); "
+            f"\n{counts} in {len(tokens)} prompt{'s' * (len(tokens) > 1)} ({sum(len(t) for t in tokens)} tokens); "
             "scores stand beside the geometry, they never decide."
         )
         if self.output.out and self.output.out.suffix == ".jsonl":
-            _write_official(model, tokens, first, self.output)
+            _write_official(model, tokens, given["first_positions"], self.output)
         elif self.output.out and self.output.out.suffix == ".csv":
             from sink_circuits.results import write_whole
 
@@ -162,7 +229,8 @@ class Map:
 
     model: Model
     texts: Texts = field(default_factory=Texts)
-    finding: Finding = field(default_factory=Finding)
+    selection: Selection = field(default_factory=Selection)
+    criteria: Criteria = field(default_factory=Criteria)
     layers: tuple[int, ...] = ()
     """Only these layers; all when none are named."""
     loss: bool = False
@@ -172,7 +240,7 @@ class Map:
     def run(self) -> None:
         from functools import partial
 
-        def experiment(model, tokens, sinks, **options):
+        def experiment(model, tokens, sinks, found, **options):
             from sink_circuits import experiments
 
             return experiments.layer_map(model, tokens, sinks, layers=self.layers or None, **options)
@@ -197,11 +265,14 @@ class Ablate:
 
     model: Model
     texts: Texts = field(default_factory=Texts)
-    finding: Finding = field(default_factory=Finding)
+    selection: Selection = field(default_factory=Selection)
+    criteria: Criteria = field(default_factory=Criteria)
     layers: tuple[int, ...] = ()
     """One layer or a joint set; each sink's own forming layer (found by a layer map) when none are named."""
     method: Literal["zero", "mean"] = "zero"
     """What the contribution is replaced by."""
+    n_random: int = 20
+    """Controls run beside it: other tokens, another layer, attention's output, and so many random perturbations; 0 for none."""
     together: bool = False
     """Edit all sinks of a prompt in one run, instead of one sink per run."""
     loss: bool = False
@@ -209,12 +280,49 @@ class Ablate:
     output: Output = field(default_factory=Output)
 
     def run(self) -> None:
-        def experiment(model, tokens, sinks, **options):
-            from sink_circuits import experiments
+        if self.n_random < 0:
+            raise InputError(f"n_random = {self.n_random}: at least 0; 20 allow p <= 0.05.")
+        beside = None
+        if self.output.out is not None and self.n_random and not self.together:
+            beside = self.output.out.with_name(f"{self.output.out.stem}.controls.safetensors")
+            _free(beside, self.output.overwrite)
 
-            return experiments.ablate(
+        def experiment(model, tokens, sinks, found, **options):
+            from sink_circuits import controls, experiments
+
+            effect = experiments.ablate(
                 model, tokens, sinks, method=self.method, together=self.together, loss=self.loss, **_layers(self.layers), **options
             )  # fmt: skip
+            if not self.n_random or self.together:
+                print(
+                    "No controls were run: "
+                    + ("all sinks of a prompt were edited at once." if self.together else "n_random is 0.")
+                )
+                return effect
+            layers = _layers(self.layers) | (
+                {} if self.layers else {"forming": effect.data["first_layer"].to_series().droplevel("edit")}
+            )
+            controlled = controls.with_controls(
+                model, tokens, sinks, interventions=controls.removals(model, tokens, sinks, self.method, path=options["path"]),
+                found=found, n_random=self.n_random, **layers, **options,
+            )  # fmt: skip
+            print("\nAgainst controls, in log-odds over the lifetime (difference: effect less the control's):")
+            shown = [
+                "control",
+                "effect",
+                "control_effect",
+                "difference",
+                "low",
+                "high",
+                "p",
+                "n_prompts",
+                "n_unmatched",
+                "rank",
+            ]
+            print(_table(controlled.compare()[shown]) + "\n")
+            if beside is not None:
+                controlled.save(beside, overwrite=self.output.overwrite)
+            return effect
 
         _experiment(self, experiment)
 
@@ -228,7 +336,8 @@ class Dose:
 
     model: Model
     texts: Texts = field(default_factory=Texts)
-    finding: Finding = field(default_factory=Finding)
+    selection: Selection = field(default_factory=Selection)
+    criteria: Criteria = field(default_factory=Criteria)
     layers: tuple[int, ...] = ()
     """One layer or a joint set; each sink's own forming layer (found by a layer map) when none are named."""
     factors: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -244,8 +353,10 @@ class Dose:
 
         for factor in self.factors:
             check_factor(factor)
+        if not self.factors or len(set(self.factors)) < len(self.factors):
+            raise InputError(f"factors {' '.join(map(str, self.factors))}: give each once, and at least one.")
 
-        def experiment(model, tokens, sinks, **options):
+        def experiment(model, tokens, sinks, found, **options):
             from sink_circuits import experiments
 
             return experiments.dose_response(
@@ -253,6 +364,51 @@ class Dose:
             )  # fmt: skip
 
         _experiment(self, experiment)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Put the five claims about secondary sinks to the test: supported, contradicted or not decided, by a rule fixed beforehand.
+
+    The rule is in docs/claims.md. Example: sink-circuits claims gemma-3-270m --n-prompts 24 --out claims.safetensors
+    """
+
+    model: Model
+    texts: Texts = field(default_factory=lambda: Texts(n_prompts=24))
+    kinds: tuple[Kind, ...] = ("secondary", "primary-like")
+    """Which kinds of sink to treat."""
+    criteria: Criteria = field(default_factory=Criteria)
+    per_prompt: int = 2
+    """Sinks treated per prompt, those of the largest norm ratio; the prompt is the unit."""
+    n_random: int = 8
+    """Random directions and perturbations per sink."""
+    out: Path | None = None
+    """Write everything measured here (.safetensors)."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+    path: Literal["auto", "fast", "reference"] = "auto"
+    """Execution path: `reference` goes through TransformerLens' hooks alone."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def run(self) -> None:
+        from sink_circuits import claims
+
+        _free(self.out, self.overwrite)
+        _check_suffix(self.out, (".safetensors",))
+        claims.check_counts(self.per_prompt, self.n_random)
+        given, selection = self.criteria.given(), Selection(self.kinds, None)
+        model, tokens = _load(self.model, self.texts, given, selection=selection, verbose=not self.quiet)
+        from sink_circuits.detection import find_sinks
+
+        found = find_sinks(model, tokens, path=self.path, verbose=not self.quiet, **given)
+        result = claims.test_claims(
+            model, tokens, found, kinds=self.kinds, n_random=self.n_random, per_prompt=self.per_prompt, path=self.path,
+            verbose=not self.quiet,
+        )  # fmt: skip
+        print(result)
+        if self.out is not None:
+            result.save(self.out, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -264,7 +420,8 @@ class Demo:
 
     model: Annotated[str, tyro.conf.Positional] = "gemma-3-270m"
     texts: Texts = field(default_factory=lambda: Texts(n_prompts=6))
-    finding: Finding = field(default_factory=lambda: Finding(max_sinks=10))
+    selection: Selection = field(default_factory=lambda: Selection(max_sinks=10))
+    criteria: Criteria = field(default_factory=Criteria)
     folder: Path = Path("demo")
     """Results and report.html are written here."""
     overwrite: bool = False
@@ -273,33 +430,37 @@ class Demo:
     """No progress bars."""
 
     def run(self) -> None:
-        from sink_circuits import demo
-
         if self.folder.is_dir() and any(self.folder.iterdir()) and not self.overwrite:
             raise ResultError(
                 f"folder {self.folder} exists and is not empty: choose another --folder, or pass --overwrite."
             )
         _free(self.folder / "report.html", overwrite=True)
-        model, tokens = _load(self.model, self.texts, Output(quiet=self.quiet))
+        given = self.criteria.given()
+        model, tokens = _load(self.model, self.texts, given, selection=self.selection, verbose=not self.quiet)
+        from sink_circuits import demo
+
         report = demo.run(
-            model, tokens, folder=self.folder, kinds=self.finding.kinds, max_sinks=self.finding.max_sinks, cosine=self.finding.cosine,
-            norm_ratio=self.finding.norm_ratio, command=shlex.join(["sink-circuits", *sys.argv[1:]]), verbose=not self.quiet,
+            model, tokens, folder=self.folder, kinds=self.selection.kinds, max_sinks=self.selection.max_sinks,
+            command=shlex.join(["sink-circuits", *sys.argv[1:]]), verbose=not self.quiet, **given,
         )  # fmt: skip
         print(f"\nReport: {report.resolve()}")
 
 
 COMMANDS: dict[str, Callable] = {
     "models": Models,
+    "check": Check,
     "detect": Detect,
     "map": Map,
     "ablate": Ablate,
     "dose": Dose,
+    "claims": Claims,
     "sweep": Sweep,
     "demo": Demo,
 }
 DESCRIPTION = """Find attention sinks in language models, and prove by intervention which MLPs form them.
 
-Start with `sink-circuits demo`; then `detect` on a text of your own, `map` to see which MLPs matter, `ablate` and `dose` to prove it."""
+Start with `sink-circuits demo`; then `detect` on a text of your own, `map` to see which MLPs matter, `ablate` and `dose` to prove it,
+`claims` for verdicts."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -313,8 +474,8 @@ def main(args: list[str] | None = None) -> int:
     except SinkCircuitsError as error:
         print(f"sink-circuits: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nsink-circuits: interrupted; files already written are whole.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nsink-circuits: interrupted; {str(stop) or 'files already written are whole'}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
@@ -322,42 +483,62 @@ def main(args: list[str] | None = None) -> int:
     return code
 
 
-def _load(name: str, texts: Texts, output: Output | Table):
-    """The model and its tokens; the prompts are read first, so that a bad file is known before a long load."""
+def _load(
+    name: str, texts: Texts, thresholds: dict, *, verbose: bool, method: str = "robust", selection: Selection | None = None,
+    layers: tuple[int, ...] = (),
+):  # fmt: skip
+    """The model and its tokens; what can be wrong with the options is told before the model's weights are read."""
     from sink_circuits.prompts import load_prompts
 
     if texts.max_tokens is not None and texts.max_tokens < 1:
         raise InputError(f"max_tokens = {texts.max_tokens}: at least 1.")
     prompts = load_prompts(texts.prompts, texts.n_prompts)
-    from sink_circuits.models import load_model
+    _check_layers(layers)
+    from sink_circuits import detection, models
 
-    model = load_model(name, verbose=not output.quiet)
+    detection.thresholds_of(method, **thresholds)
+    if selection is not None:
+        from sink_circuits import demo
+
+        demo.check_selection(selection.kinds, selection.max_sinks)
+    if layers:
+        _check_layers(layers, models.layers_of_config(name))
+    model = models.load_model(name, verbose=verbose)
+    _check_layers(layers, model.cfg.n_layers)
     return model, prompts.tokens(model, max_tokens=texts.max_tokens, chat=texts.chat)
+
+
+def _check_layers(layers: tuple[int, ...], n_layers: int | None = None) -> None:
+    """Raises InputError for a layer named twice or out of range; `n_layers` None: how many there are is not known yet."""
+    if len(set(layers)) < len(layers):
+        raise InputError(f"layers {' '.join(map(str, layers))}: name each layer once.")
+    for layer in layers:
+        if layer < 0 or (n_layers is not None and layer >= n_layers):
+            there = "layers are counted from 0" if n_layers is None else f"the model has layers 0..{n_layers - 1}"
+            raise InputError(f"layer {layer} is out of range: {there}.")
 
 
 def _experiment(command, experiment):
     """Load, find, select, run, print, save: what map, ablate and dose have in common."""
-    output, finding = command.output, command.finding
+    output, selection, given = command.output, command.selection, command.criteria.given()
     for target in (output.out, output.figure):
         _free(target, output.overwrite)
     _check_suffix(output.out, (".safetensors", ".csv", ".parquet"))
     _check_suffix(output.figure, (".html", ".svg", ".pdf", ".png"))
-    if finding.max_sinks is not None and finding.max_sinks < 1:
-        raise InputError(f"max_sinks = {finding.max_sinks}: at least 1.")
-    model, tokens = _load(command.model, command.texts, output)
-    from sink_circuits import demo
-
-    sinks = demo.select_sinks(
-        model,
-        tokens,
-        finding.kinds,
-        finding.max_sinks,
-        cosine=finding.cosine,
-        norm_ratio=finding.norm_ratio,
-        path=output.path,
-        verbose=not output.quiet,
+    if output.figure and output.figure.suffix != ".html" and importlib.util.find_spec("kaleido") is None:
+        raise InputError(
+            f"figure {output.figure} needs the package kaleido: pip install 'sink-circuits[static]', or name .html."
+        )
+    model, tokens = _load(
+        command.model, command.texts, given, selection=selection, layers=command.layers, verbose=not output.quiet
     )
-    effect = experiment(model, tokens, sinks, path=output.path, verbose=not output.quiet)
+    from sink_circuits import demo, detection
+
+    options = {"path": output.path, "verbose": not output.quiet}
+    found = detection.find_sinks(model, tokens, **given, **options)
+    sinks = demo.spread_over_prompts(found, selection.kinds, selection.max_sinks, verbose=not output.quiet)
+    measured = {name: value for name, value in given.items() if name == "min_queries"}
+    effect = experiment(model, tokens, sinks, found, **measured, **options)
     print(_table(effect.summary()))
     if output.out is not None and output.out.suffix == ".safetensors":
         effect.save(output.out, overwrite=output.overwrite)

@@ -87,21 +87,36 @@ def _one_reader(verbose: bool) -> Iterator[Callable]:
     import gguf
     import numpy as np
     from transformers import modeling_gguf_pytorch_utils as loader
-    from transformers.utils import logging
 
     class Reader(gguf.GGUFReader):
         def _get(self, *args, **kwargs):
             self.data = np.asarray(self.data)  # type: ignore[assignment]
             return super()._get(*args, **kwargs)
 
-    original, bar, shown = gguf.GGUFReader, getattr(loader, "tqdm", None), logging.is_progress_bar_enabled()
+    original, bar = gguf.GGUFReader, getattr(loader, "tqdm", None)
     gguf.GGUFReader = lru_cache(maxsize=1)(Reader)  # type: ignore[assignment,misc]
     if not verbose:
-        logging.disable_progress_bar()
         loader.tqdm = partial(tqdm, disable=True)  # this module does not ask the setting
     try:
-        yield gguf.GGUFReader
+        with loader_bars(verbose):
+            yield gguf.GGUFReader
     finally:
         gguf.GGUFReader, loader.tqdm = original, bar  # type: ignore[misc]
-        if shown:
+
+
+@contextmanager
+def loader_bars(verbose: bool) -> Iterator[None]:
+    """The progress bars of transformers and huggingface_hub as they are set, or off inside unless ``verbose``."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    if not verbose:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown and not verbose:  # this turns on the hub's too
             logging.enable_progress_bar()
+            if hub_hidden:
+                disable_progress_bars()

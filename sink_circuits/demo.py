@@ -12,20 +12,33 @@ from sink_circuits.experiments import ablate, dose_response, layer_map
 from sink_circuits.prompts import Tokens, token_texts
 from sink_circuits.scores import sink_scores
 
+RESULTS = ("sinks.parquet", "layer_map.safetensors", "dose_response.safetensors", "ablation.safetensors", "report.html")
+"""What `run` writes, in this order."""
+
 
 def select_sinks(
     model, tokens: Tokens, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True, **thresholds
 ) -> Sinks:
     """Sinks of these kinds, the first `max_sinks` in turns over the prompts; says what is left out.
 
-    Raises InputError when there are none of these kinds.
+    Raises InputError for no kinds or a `max_sinks` below 1, before anything is run, and when there are no such sinks.
     """
+    check_selection(kinds, max_sinks)
     found = find_sinks(model, tokens, verbose=verbose, **thresholds)
     return spread_over_prompts(found, kinds, max_sinks, verbose=verbose)
 
 
+def check_selection(kinds: Sequence[str], max_sinks: int | None) -> None:
+    """Raises InputError for what would leave no sink to treat."""
+    if not kinds:
+        raise InputError("no kinds of sink to treat: name at least one of primary, secondary, primary-like (--kinds).")
+    if max_sinks is not None and max_sinks < 1:
+        raise InputError(f"max_sinks = {max_sinks}: at least 1, or None for all.")
+
+
 def spread_over_prompts(found: Sinks, kinds: Sequence[str], max_sinks: int | None, *, verbose: bool = True) -> Sinks:
     """At most `max_sinks` sinks of these kinds with a defined score, one prompt after the other: prompts are the unit."""
+    check_selection(kinds, max_sinks)
     chosen = found.select(*kinds)
     counts = ", ".join(f"{n} {kind}" for kind, n in found.table["kind"].value_counts().items()) or "none"
     if not len(chosen):
@@ -49,31 +62,42 @@ def run(
     model, tokens: Tokens, *, folder: Path, kinds: Sequence[str] = ("secondary", "primary-like"), max_sinks: int | None = 10,
     command: str = "", verbose: bool = True, **thresholds,
 ) -> Path:  # fmt: skip
-    """Find sinks, map, dose and ablate their forming MLPs; results and `report.html` land in `folder`, each file whole.
+    """Find sinks, map, dose and ablate their forming MLPs; each result lands in `folder` as soon as it is made, whole.
 
-    Returns the report's path. Raises InputError when no sinks of these kinds are found.
+    `thresholds` as in `find_sinks`; `min_queries` holds for the experiments too. Returns the report's path. Raises
+    InputError when no sinks of these kinds are found, before anything is written; a KeyboardInterrupt says what was kept.
     """
     from sink_circuits.report import write_report
 
+    check_selection(kinds, max_sinks)
     started = time.monotonic()
     found = find_sinks(model, tokens, verbose=verbose, **thresholds)
     sinks = spread_over_prompts(found, kinds, max_sinks, verbose=verbose)
-    mapped = layer_map(model, tokens, sinks, verbose=verbose)
-    forming = mapped.forming()
-    dosed = dose_response(model, tokens, sinks, layer="forming", forming=forming, verbose=verbose)
-    ablated = ablate(model, tokens, sinks, layer="forming", forming=forming, loss=True, verbose=verbose)
+    needed = {name: thresholds[name] for name in ("min_queries",) if name in thresholds}
+    options = {"verbose": verbose, **needed}
     folder.mkdir(parents=True, exist_ok=True)
-    found.save(folder / "sinks.parquet", overwrite=True)
-    for name, effect in (("layer_map", mapped), ("dose_response", dosed), ("ablation", ablated)):
-        effect.save(folder / f"{name}.safetensors", overwrite=True)
-    first = sinks.table["prompt"].iloc[0]
-    shown = Tokens((tokens.ids[tokens.names.index(first)],), (first,))
-    report = folder / "report.html"
-    write_report(
-        report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
-        scores={first: sink_scores(model, shown).scores[0]}, title=f"Attention sinks in {found.manifest.model}",
-        command=command, overwrite=True,
-    )  # fmt: skip
+    for name in RESULTS:  # of an earlier run: one folder holds one run
+        (folder / name).unlink(missing_ok=True)
+    try:
+        found.save(folder / "sinks.parquet")
+        mapped = layer_map(model, tokens, sinks, **options)
+        mapped.save(folder / "layer_map.safetensors")
+        forming = mapped.forming()
+        dosed = dose_response(model, tokens, sinks, layer="forming", forming=forming, **options)
+        dosed.save(folder / "dose_response.safetensors")
+        ablated = ablate(model, tokens, sinks, layer="forming", forming=forming, loss=True, **options)
+        ablated.save(folder / "ablation.safetensors")
+        first = sinks.table["prompt"].iloc[0]
+        shown = Tokens((tokens.ids[tokens.names.index(first)],), (first,))
+        report = folder / "report.html"
+        write_report(
+            report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
+            scores={first: sink_scores(model, shown, **needed).scores[0]}, title=f"Attention sinks in {found.manifest.model}",
+            command=command,
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        kept = [name for name in RESULTS if (folder / name).is_file()]
+        raise KeyboardInterrupt(f"{folder} keeps {', '.join(kept) or 'nothing'}, each whole") from stop
     if verbose:
         print(f"Done in {time.monotonic() - started:.0f} s.")
     return report

@@ -8,8 +8,9 @@ Attention is the outcome that experiments measure, so it never decides; it stand
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sink_circuits.errors import InputError
 from sink_circuits.models import adapt
-from sink_circuits.prompts import as_tokens, token_texts
+from sink_circuits.prompts import Tokens, as_tokens, token_texts
 from sink_circuits.results import Manifest, write_whole
 from sink_circuits.runs import CleanRun, run_clean
 from sink_circuits.scores import MIN_QUERIES, scores_of
@@ -64,8 +65,17 @@ class Thresholds:
                 raise InputError(f"threshold {name} = {value!r} is not a number.")
             if not low <= value <= high:
                 raise InputError(f"threshold {name} = {value} is out of range: {low} to {high}.")
-        if self.first_positions is not None and (not self.first_positions or min(self.first_positions) < 0):
-            raise InputError(f"first_positions = {self.first_positions}: name at least one position, counted from 0.")
+            if not math.isfinite(value):
+                raise InputError(f"threshold {name} = {value} is not finite: nothing would be found, give a number.")
+            if isinstance(type(self).__dataclass_fields__[name].default, int) and int(value) != value:
+                raise InputError(f"threshold {name} = {value} is not a whole number: it counts layers or tokens.")
+        first = self.first_positions
+        if first is not None and not isinstance(first, Sequence):
+            raise InputError(f"first_positions = {first!r}: give several positions, such as ({first},).")
+        if first is not None and (not first or any(not isinstance(p, int | np.integer) or p < 0 for p in first)):
+            raise InputError(f"first_positions = {first}: name at least one position, counted from 0.")
+        if first is not None and len(set(first)) < len(first):
+            raise InputError(f"first_positions = {first}: name each once.")
 
 
 COLUMNS = (
@@ -135,14 +145,14 @@ def find_sinks(
     """Find the attention sinks of every prompt.
 
     `method`: "robust" or "official". Thresholds may be given one by one: `find_sinks(model, tokens, cosine=0.8)`.
-    Raises InputError for tokens that do not fit, an unknown method or threshold; CacheError for a cache without the
-    hooks needed; for `official`, InputError when the weights were processed (its residuals would not be the model's).
+    Raises InputError for tokens that do not fit, an unknown method, a threshold that is unknown or not the method's, or
+    first positions none of which lies in a prompt; CacheError for a cache without the hooks needed; for `official`, InputError
+    when the weights were processed (its residuals would not be the model's).
     """
-    thresholds = _changed_thresholds(thresholds, changed)
-    if method not in ("robust", "official"):
-        raise InputError(f"method {method!r} is unknown: use 'robust' or 'official'.")
+    thresholds = thresholds_of(method, thresholds, **changed)
     adapter = adapt(model)
     tokens = as_tokens(model, tokens, attention_mask)
+    _check_first_positions(thresholds.first_positions, tokens)
     if method == "official" and adapter.processed:
         raise InputError(
             f"official detection needs the published residuals, and this model's weights were processed ({', '.join(adapter.processed)}): "
@@ -173,14 +183,40 @@ _DTYPES = dict.fromkeys(
 ) | dict.fromkeys(("cosine", "norm", "norm_ratio", "score", "score_ordinary", "score_ratio"), "float64")
 
 
-def _changed_thresholds(thresholds: Thresholds | None, changed: Mapping) -> Thresholds:
-    thresholds = thresholds or Thresholds()
-    unknown = set(changed) - set(Thresholds.__dataclass_fields__)
-    if unknown:
-        raise InputError(
-            f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(Thresholds.__dataclass_fields__)}."
-        )
-    return Thresholds(**{**{name: getattr(thresholds, name) for name in Thresholds.__dataclass_fields__}, **changed})
+OFFICIAL_THRESHOLDS = ("first_positions", "min_queries", "neighbours")
+"""What may be changed with `official`: where it looks for the BOS sink, and the evidence beside its sinks."""
+
+
+def thresholds_of(method: str, thresholds: Thresholds | None = None, **changed) -> Thresholds:
+    """`thresholds` (the defaults for None) with those in `changed`, as `find_sinks` uses them with this method.
+
+    Raises InputError for an unknown method, a threshold that is unknown or out of range, or one that the published
+    procedure fixes and that would be ignored with `official`.
+    """
+    if method not in ("robust", "official"):
+        raise InputError(f"method {method!r} is unknown: use 'robust' or 'official'.")
+    default, known = Thresholds(), [field.name for field in fields(Thresholds)]
+    if unknown := set(changed) - set(known):
+        raise InputError(f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(known)}.")
+    made = replace(thresholds or default, **changed)
+    for name in known if method == "official" else ():
+        value = getattr(made, name)
+        if name not in OFFICIAL_THRESHOLDS and (name in changed or value != getattr(default, name)):
+            raise InputError(
+                f"threshold {name} = {value} does not belong to official detection, which is the published procedure "
+                "unchanged: leave it out, or use the robust method."
+            )
+    return made
+
+
+def _check_first_positions(first: Sequence[int] | None, tokens: Tokens) -> None:
+    """Raises InputError for a prompt in which no candidate lies: it would look as if it had no sinks."""
+    for name, ids in zip(tokens.names, tokens.ids, strict=True):
+        if first and min(first) >= len(ids):
+            raise InputError(
+                f"prompt {name!r} has {len(ids)} tokens, and no first position ({', '.join(map(str, first))}) lies in it: "
+                "name one that does, counted from 0."
+            )
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ arrays of the clean and the edited outcome, the sinks they belong to, and a mani
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,186 +21,44 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sink_circuits import statistics
-from sink_circuits.detection import Sinks, find_sinks
-from sink_circuits.errors import InputError, ResultError
-from sink_circuits.interventions import Contribution, Edit, check_factor, replace, rescale, zero
+from sink_circuits.detection import Sinks, Thresholds, find_sinks
+from sink_circuits.effects import Effect
+from sink_circuits.errors import InputError
+from sink_circuits.interventions import Contribution, Edit, check_factor, custom, replace, rescale, zero
 from sink_circuits.models import Adapter, adapt
+from sink_circuits.outcomes import Definitions, Outcome, as_outcomes, built_in, medians_of, unedited, value_of
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest
 from sink_circuits.runs import CleanRun, EditedRun, first_edit, resolve_path, run_clean, run_edited
-from sink_circuits.scores import MIN_QUERIES, check_min_queries, column_log_odds, column_scores
+from sink_circuits.scores import MIN_QUERIES, check_min_queries
 
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 ROW_FLOATS = 1 << 27
 """Floats one batch of edited rows may take in its widest activations (512 MiB); rows per batch follow from it."""
 
-OUTCOMES = {
-    "score": "sink score of the treated position",
-    "log_odds": "attention log-odds of the treated position",
-    "primary_score": "sink score of the primary sink",
-    "primary_log_odds": "attention log-odds of the primary sink",
-}
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Clean and edited outcomes of one experiment.
-
-    `data` (xarray): for each outcome of `OUTCOMES` the clean value `clean_<outcome>` [sink, layer, head] and the edited
-    one `<outcome>` [sink, edit, layer, head]; `loss` [sink, edit] and `clean_loss` [sink], the mean next-token loss from
-    the treated position on, where asked for; as manipulation checks the treated position's `norm` and `cosine` (with
-    the clean primary, raw) of resid_post [sink, edit, layer]. Layers at or below the first edited one hold exactly the
-    clean values. `first_layer`, `last_edited` [sink, edit]: the outermost edited layers. `table`: one row per sink.
-    """
-
-    kind: str
-    data: xr.Dataset
-    table: pd.DataFrame
-    manifest: Manifest
-
-    def effect(self, outcome: str = "score") -> xr.DataArray:
-        """Edited minus clean, [sink, edit, layer, head] (loss: [sink, edit]). Raises InputError for an unknown outcome."""
-        if f"clean_{outcome}" not in self.data:
-            known = [str(name).removeprefix("clean_") for name in self.data.data_vars if str(name).startswith("clean_")]
-            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(known)}.")
-        return self.data[outcome] - self.data[f"clean_{outcome}"]
-
-    def reading(self) -> xr.DataArray:
-        """Which layers read the sink and lie above the edit: l_start+1..l_end+1 and > first edited layer; [sink, edit, layer]."""
-        layer = self.data["layer"]
-        start = xr.DataArray(self.table["l_start"].to_numpy(), dims="sink")
-        end = xr.DataArray(self.table["l_end"].to_numpy(), dims="sink")
-        return (layer > start) & (layer <= end + 1) & (layer > self.data["first_layer"])
-
-    def over_lifetime(self, outcome: str = "score", what: str = "effect") -> xr.DataArray:
-        """Mean over heads and over the layers that read the sink above the edit, [sink, edit]; NaN where there are none.
-
-        `what`: "effect", "edited" or "clean".
-        """
-        difference = self.effect(outcome)
-        values = {
-            "effect": difference,
-            "edited": self.data[outcome],
-            "clean": self.data[f"clean_{outcome}"].broadcast_like(difference),
-        }
-        if what not in values:
-            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
-        if outcome == "loss":
-            return values[what]
-        if "head" not in difference.dims:
-            raise InputError(
-                f"{outcome!r} has no heads to average over, it is a manipulation check: read effect.data[{outcome!r}]."
-            )
-        return values[what].mean("head").where(self.reading()).mean("layer")
-
-    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per edit and outcome: mean over prompts of the effect over the lifetime, with its bootstrap interval.
-
-        Columns: edit, outcome, clean, edited, effect, low, high (over prompts), n_prompts, n_sinks. Intervals are NaN
-        for a single prompt.
-        """
-        rows = []
-        outcomes = [*OUTCOMES, *(["loss"] if "loss" in self.data else [])]
-        for outcome in outcomes:
-            effects = self.over_lifetime(outcome)
-            clean = self.over_lifetime(outcome, "clean")
-            for edit in self.data["edit"].values:
-                values = effects.sel(edit=edit).to_numpy()
-                name = f"{self.kind}/{outcome}/{edit}"
-                estimate = statistics.bootstrap_over_prompts(
-                    values, self.table["prompt"], name=name, confidence=confidence
-                )
-                base = statistics.prompt_means(
-                    np.where(np.isnan(values), np.nan, clean.sel(edit=edit).to_numpy()), self.table["prompt"]
-                )
-                clean_mean = float(base.mean()) if len(base) else np.nan
-                rows.append(
-                    {
-                        "edit": edit, "outcome": outcome, "clean": clean_mean, "edited": clean_mean + estimate.mean,
-                        "effect": estimate.mean,
-                        "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n, "n_sinks": int(np.isfinite(values).sum()),
-                    }
-                )  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def forming(self, max_layer_of: str = "l_end") -> pd.Series:
-        """Each sink's forming layer: the edit (a layer) that lowers its log-odds most over its lifetime, up to l_end.
-
-        Only for a layer map. A layer whose removal another can make up for is found only by joint edits.
-        """
-        if self.kind != "layer_map":
-            raise InputError(
-                f"forming layers are read from a layer map, this is a {self.kind}: use layer_map(...).forming()."
-            )
-        effects = self.over_lifetime("log_odds").to_numpy().copy()
-        edits = self.data["edit"].to_numpy()
-        effects[edits[None, :] > self.table[max_layer_of].to_numpy()[:, None]] = np.nan
-        if np.isnan(effects).all(axis=1).any():
-            raise InputError(
-                "a sink has no layer with a defined effect: it stands too near the end of its text; leave it out."
-            )
-        return pd.Series(edits[np.nanargmin(effects, axis=1)].astype(int), index=self.table.index, name="forming")
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Long format, one row per sink, edit, outcome, layer and head: edited, clean and effect."""
-        frames = []
-        for outcome in OUTCOMES:
-            edited = self.data[outcome].to_dataframe(name="edited").reset_index()
-            clean = self.data[f"clean_{outcome}"].to_dataframe(name="clean").reset_index()
-            frame = edited.merge(clean, on=["sink", "layer", "head"])
-            frame.insert(0, "outcome", outcome)
-            frames.append(frame)
-        frame = pd.concat(frames, ignore_index=True)
-        frame["effect"] = frame["edited"] - frame["clean"]
-        sinks = self.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]]
-        return frame.join(sinks, on="sink")
-
-    def plot(self, outcome: str = "score"):
-        """The experiment's figure (plotly)."""
-        from sink_circuits import figures
-
-        return figures.effect_figure(self, outcome)
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": self.kind, "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
-
-    @staticmethod
-    def load(path: str | Path) -> Effect:
-        """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if not {"kind", "table", "manifest"} <= set(meta):
-            raise ResultError(f"{path} is not an experiment's result: check the path.")
-        return Effect(meta["kind"], data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
-
-    def __repr__(self) -> str:
-        prompts = self.table["prompt"].nunique()
-        edits = self.data["edit"].values.tolist()
-        summary = self.summary().to_string(float_format=lambda x: f"{x:.4g}")
-        return f"Effect({self.kind}: {len(self.table)} sinks in {prompts} prompts, edits {edits})\n{summary}"
-
-
+Dosed = Callable[[Contribution, float], Contribution]
+"""A family of interventions of a user's own: (contribution [pos, d_model], dose) -> the same shape."""
 EditsOf = Callable[[Any, pd.Series], tuple[Edit, ...]]
 """(label, row of the sink table) -> the edits of that run."""
 
 
 def measure(
-    model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, loss: bool = False, together: bool = False,
-    min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
-    verbose: bool = True, settings: Mapping | None = None,
+    model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, outcomes=None, loss: bool = False,
+    kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None,
+    clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
 ) -> Effect:  # fmt: skip
     """Run `edits_of(label, sink)` for every label and sink and measure all outcomes.
 
     One sink is edited per run unless `together`, which edits all sinks of a prompt in one run (each is still measured
-    by itself). `labels` name the axis `edit` of the result. `batch_size`: edited rows per forward pass, chosen by
-    memory when None. `settings` go into the manifest. A run without edits, or whose edits change nothing (a rescaling
-    by 1), is the clean one: copied, not run. All edits are made and checked before the first forward pass. Raises
-    InputError.
+    by itself). `labels` name the axis `edit` of the result. `outcomes`: your own, {name: function of (clean, edited,
+    sink)} or a list of functions or `Outcome`s (see `outcomes.OutcomeFunction`); they are tried on the first clean run.
+    `loss`, `kl`: these too. `batch_size`: edited rows per forward pass, chosen by memory when None. `settings` go into
+    the manifest. A run without edits, or whose edits change nothing (a rescaling by 1), is the clean one: copied, not
+    run. All edits are made and checked before the first forward pass. Raises InputError.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path)
+    _check_options(adapter, min_queries, batch_size, path, outcomes)
+    own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
     plan = [[tuple(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
@@ -207,7 +66,8 @@ def measure(
         n_positions = len(tokens.ids[tokens.names.index(row.prompt)])
         for edit in (edit for cell in cells for edit in cell):
             edit.check(adapter.n_layers, n_positions)
-    arrays = _empty_arrays(len(table), len(labels), adapter, loss)
+    notes = _Notes.empty(table, labels, adapter)
+    left_out = [name for name, wanted in (("loss", loss), ("kl", kl)) if not wanted]
     used = path
     bar = tqdm(total=len(table) * len(labels), desc=what.replace("_", " "), unit="run", disable=not verbose)
     for index, (name, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
@@ -219,36 +79,101 @@ def measure(
         clean = run_clean(
             model, ids, chosen=positions, clean_cache=clean_cache, row=index, mask=mask, loss=loss, path=path
         )
-        _note(arrays, None, rows, table, clean, clean.columns, clean.loss, adapter, min_queries)
-        used, unedited = clean.path, EditedRun((), clean.columns, None, clean.loss, clean.path)
+        how = Definitions(adapter.windows, min_queries, _thresholds_of(sinks), medians_of(clean))
+        measured = (*built_in(how, left_out), *own)
+        used, clean_again = clean.path, unedited(clean)
+        if kl:
+            clean_again = dataclasses.replace(clean_again, kl=torch.zeros(len(ids), device=ids.device))
+        for sink in rows:
+            notes.note(measured, clean, clean_again, int(sink), None)
         cells = _cells(rows, plan, len(labels), together)
         for edits, members in [cell for cell in cells if _changes_nothing(cell)]:
-            _note_run(arrays, members, table, clean, unedited, edits, adapter, min_queries)
+            notes.note_run(measured, clean, clean_again, edits, members)
             bar.update(len(members))
         cells = [cell for cell in cells if not _changes_nothing(cell)]
         for chunk in _chunks(cells, batch_size or _row_budget(adapter, len(ids))):
-            runs = run_edited(model, clean, [edits for edits, _ in chunk], loss=loss, path=path)
+            runs = run_edited(model, clean, [edits for edits, _ in chunk], loss=loss, kl=kl, path=path)
             for run, (edits, members) in zip(runs, chunk, strict=True):
-                _note_run(arrays, members, table, clean, run, edits, adapter, min_queries)
+                notes.note_run(measured, clean, run, edits, members)
                 bar.update(len(members))
             used = runs[0].path
     bar.close()
+    if own:
+        settings = {**(settings or {}), "outcomes": {one.name: one.meaning or _origin(one.function) for one in own}}
     manifest = Manifest.of(
         adapter, tokens, what=what, path=used, together=together, min_queries=min_queries,
         found=dict(sinks.manifest.settings), **(settings or {}),
     )  # fmt: skip
-    coords = {
-        "edit": list(labels),
-        "layer": np.arange(adapter.n_layers),
-        "head": np.arange(adapter.n_heads),
-        "sink": np.arange(len(table)),
-    }
-    return Effect(what, xr.Dataset(arrays, coords=coords), table, manifest)
+    return Effect(what, xr.Dataset(notes.arrays, coords=notes.coords), table, manifest)
+
+
+def _origin(function: Callable) -> str:
+    """Where a user's function stands, for the manifest: module and name."""
+    return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def _thresholds_of(sinks: Sinks) -> Thresholds:
+    """Those the sinks were found with; the defaults for what their manifest does not say."""
+    noted = sinks.manifest.settings.get("thresholds", {})
+    return Thresholds(**{name: noted[name] for name in Thresholds.__dataclass_fields__ if name in noted})
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """The arrays of an `Effect` as they fill. An outcome has the axes of its first value, the first sink's clean one."""
+
+    table: pd.DataFrame
+    coords: dict[str, Any]
+    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+    @staticmethod
+    def empty(table: pd.DataFrame, labels: Sequence, adapter: Adapter) -> _Notes:
+        layers, heads = np.arange(adapter.n_layers), np.arange(adapter.n_heads)
+        coords = {"edit": list(labels), "layer": layers, "head": heads, "sink": np.arange(len(table))}
+        shape = (len(table), len(labels))
+        names = ("first_layer", "last_edited")
+        return _Notes(table, coords, {name: (("sink", "edit"), np.full(shape, -1, dtype=np.int64)) for name in names})
+
+    def note(self, outcomes: Iterable[Outcome], clean: CleanRun, run: EditedRun, sink: int, label: int | None) -> None:
+        """One run's outcomes for one sink; label None stands for the clean run, which comes first."""
+        row = self.table.iloc[sink]
+        for outcome in outcomes:
+            value = value_of(outcome, clean, run, row, len(self.coords["layer"]), len(self.coords["head"]))
+            if f"clean_{outcome.name}" not in self.arrays:
+                self._add(outcome.name, value.shape)
+            name, where = (f"clean_{outcome.name}", (sink,)) if label is None else (outcome.name, (sink, label))
+            array = self.arrays[name][1]
+            if array[where].shape != value.shape:
+                raise InputError(
+                    f"outcome {outcome.name!r} returned shape {list(value.shape)} here and {list(array[where].shape)} "
+                    "for the first clean run: return one shape."
+                )
+            array[where] = value
+
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
+        own = ("layer", "head")[: len(shape)]
+        for prefix, dims in (("clean_", ("sink", *own)), ("", ("sink", "edit", *own))):
+            sizes = [len(self.coords[dim]) for dim in dims]
+            self.arrays[prefix + name] = dims, np.full(sizes, np.nan, dtype=np.float32)
+
+    def note_run(
+        self, outcomes: Sequence[Outcome], clean: CleanRun, run: EditedRun, edits: Sequence[Edit], members
+    ) -> None:
+        for sink, label in members:
+            self.note(outcomes, clean, run, sink, label)
+            self.arrays["first_layer"][1][sink, label] = first_edit(edits)[0]
+            self.arrays["last_edited"][1][sink, label] = max((edit.layer for edit in edits), default=-1)
 
 
 def _check_options(
-    adapter: Adapter, min_queries: int = MIN_QUERIES, batch_size: int | None = None, path: str = "auto", **_
+    adapter: Adapter,
+    min_queries: int = MIN_QUERIES,
+    batch_size: int | None = None,
+    path: str = "auto",
+    outcomes=None,
+    **_,
 ) -> None:
+    as_outcomes(outcomes)
     check_min_queries(min_queries)
     resolve_path(adapter, path)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -274,28 +199,6 @@ def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
                 f"the sink at position {pos} of prompt {prompt!r} is another token there: pass the tokens it was found in."
             )
     return table
-
-
-def _empty_arrays(
-    n_sinks: int, n_edits: int, adapter: Adapter, loss: bool
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    layers, heads = adapter.n_layers, adapter.n_heads
-
-    def empty(*dims: str) -> tuple[tuple[str, ...], np.ndarray]:
-        sizes = {"sink": n_sinks, "edit": n_edits, "layer": layers, "head": heads}
-        return dims, np.full([sizes[d] for d in dims], np.nan, dtype=np.float32)
-
-    arrays = {f"clean_{name}": empty("sink", "layer", "head") for name in OUTCOMES}
-    arrays |= {name: empty("sink", "edit", "layer", "head") for name in OUTCOMES}
-    arrays |= {name: empty("sink", "edit", "layer") for name in ("norm", "cosine")}
-    arrays |= {f"clean_{name}": empty("sink", "layer") for name in ("norm", "cosine")}
-    arrays |= {
-        name: (("sink", "edit"), np.full((n_sinks, n_edits), -1, dtype=np.int64))
-        for name in ("first_layer", "last_edited")
-    }
-    if loss:
-        arrays |= {"clean_loss": empty("sink"), "loss": empty("sink", "edit")}
-    return arrays
 
 
 def _cells(rows: np.ndarray, plan: list[list[tuple[Edit, ...]]], n_labels: int, together: bool):
@@ -334,44 +237,6 @@ def _chunks(cells: list, size: int):
 def _row_budget(adapter: Adapter, n_positions: int) -> int:
     width = 6 * adapter.cfg.d_model + 3 * (adapter.cfg.d_mlp or 4 * adapter.cfg.d_model)
     return max(1, ROW_FLOATS // (n_positions * width))
-
-
-def _note_run(
-    arrays, members, table, clean: CleanRun, run: EditedRun, edits: Sequence[Edit], adapter: Adapter, min_queries: int
-) -> None:
-    for sink, label in members:
-        _note(arrays, label, [sink], table, clean, run.columns, run.loss, adapter, min_queries, run.resid_post_chosen)
-        arrays["first_layer"][1][sink, label] = first_edit(edits)[0]
-        arrays["last_edited"][1][sink, label] = max((edit.layer for edit in edits), default=-1)
-
-
-def _note(
-    arrays, label, sinks, table, clean: CleanRun, columns, loss, adapter: Adapter, min_queries: int, resid_chosen=None
-) -> None:
-    """Write one run's outcomes for these sinks into the arrays; label None stands for the clean run."""
-    scores = column_scores(columns, adapter.windows, min_queries).cpu().numpy()
-    log_odds = column_log_odds(columns, adapter.windows, min_queries).cpu().numpy()
-    if resid_chosen is None:
-        resid_chosen = torch.stack([clean.resid_post(layer)[list(columns.chosen)] for layer in range(adapter.n_layers)])
-    prefix = "clean_" if label is None else ""
-    for sink in sinks:
-        own, primary = (columns.chosen.index(int(table[c].iloc[sink])) for c in ("pos", "primary_pos"))
-        where = (sink,) if label is None else (sink, label)
-        for name, values in (
-            ("score", scores[..., own]), ("log_odds", log_odds[..., own]), ("primary_score", scores[..., primary]),
-            ("primary_log_odds", log_odds[..., primary]),
-        ):  # fmt: skip
-            arrays[f"{prefix}{name}"][1][where] = values
-        resid = resid_chosen[:, own].float()
-        clean_primary = torch.stack(
-            [clean.resid_post(layer)[int(table["primary_pos"].iloc[sink])] for layer in range(adapter.n_layers)]
-        )
-        arrays[f"{prefix}norm"][1][where] = resid.norm(dim=-1).cpu().numpy()
-        cosine = torch.nn.functional.cosine_similarity(resid, clean_primary.float(), dim=-1)
-        arrays[f"{prefix}cosine"][1][where] = cosine.cpu().numpy()
-        if loss is not None:
-            tail = loss[int(table["pos"].iloc[sink]) : -1]
-            arrays[f"{prefix}loss"][1][where] = tail.mean().item() if len(tail) else np.nan
 
 
 def _several(values) -> tuple:
@@ -426,7 +291,7 @@ def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Seri
         raise InputError(f"forming holds {len(forming)} layers for {len(sinks)} sinks: map the sinks that are treated.")
     if waits:
         _check_late_sinks(table, tokens, options.get("min_queries", MIN_QUERIES))
-        shared |= {name: options[name] for name in ("batch_size", "min_queries") if name in options}
+        shared |= {name: options[name] for name in ("batch_size", "min_queries", "outcomes") if name in options}
         forming = layer_map(model, given, sinks, layers=range(int(table["l_end"].max()) + 1), **shared).forming()
         layers_of = resolve_layers(model, layer, layers, forming)
     return tokens, sinks, layers_of
@@ -452,16 +317,14 @@ def layer_map(
     `intervention`: "zero" or a function of the contribution [pos, d_model]. The axis `edit` is the edited layer. For the
     other options see `measure`. Raises InputError.
     """
-    if isinstance(intervention, str) and intervention != "zero":
-        raise InputError(f"intervention {intervention!r} is unknown: use 'zero' or a function of the contribution.")
+    name = _name(intervention, "intervention", ("zero",))
     layers = tuple(range(adapt(model).n_layers)) if layers is None else _several(layers)
     _, sinks, _ = _prepare(model, tokens, sinks, None, layers, None, options)
-    name = "zero" if isinstance(intervention, str) else getattr(intervention, "__name__", "custom")
 
     def edits(label: int, row: pd.Series) -> tuple[Edit, ...]:
         if isinstance(intervention, str):
             return (zero(label, int(row.pos)),)
-        return (Edit(label, (int(row.pos),), intervention, name),)
+        return (custom(label, int(row.pos), intervention, name),)
 
     return measure(
         model,
@@ -476,23 +339,25 @@ def layer_map(
 
 
 def ablate(
-    model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, method: str = "zero",
-    forming: pd.Series | None = None, **options,
+    model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None,
+    method: str | Callable[[Contribution], Contribution] = "zero", forming: pd.Series | None = None, **options,
 ) -> Effect:  # fmt: skip
     """Take the contribution of one MLP, or of a joint set, away at each sink.
 
-    `method`: "zero", or "mean": the mean contribution of that MLP over all ordinary tokens of these prompts. `layer`: a
-    number or "forming" (each sink's own; found by a layer map unless `forming` is given); `layers`: a joint set. The
-    axis `edit` has one label, the method. For the other options see `measure`. Raises InputError.
+    `method`: "zero"; "mean", the mean contribution of that MLP over all ordinary tokens of these prompts; or a function
+    of the contribution [pos, d_model]. `layer`: a number or "forming" (each sink's own; found by a layer map unless
+    `forming` is given); `layers`: a joint set. The axis `edit` has one label, the method's name. For the other options
+    see `measure`. Raises InputError.
     """
-    if method not in ("zero", "mean"):
-        raise InputError(f"method {method!r} is unknown: use 'zero' or 'mean'.")
+    name = _name(method, "method", ("zero", "mean"))
     layers = None if layers is None else _several(layers)
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
     shared = {name: options[name] for name in ("clean_cache", "path", "attention_mask") if name in options}
     donors = mean_contributions(model, tokens, sinks, **shared) if method == "mean" else None
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
+        if not isinstance(method, str):
+            return tuple(custom(one, int(row.pos), method, name) for one in layers_of(row))
         if donors is None:
             return tuple(zero(one, int(row.pos)) for one in layers_of(row))
         return tuple(replace(one, int(row.pos), donors[one], "mean") for one in layers_of(row))
@@ -501,7 +366,7 @@ def ablate(
         model,
         tokens,
         sinks,
-        [method],
+        [name],
         edits,
         what="ablate",
         settings={"layers": str(layer if layers is None else list(layers))},
@@ -511,24 +376,49 @@ def ablate(
 
 def dose_response(
     model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, factors: Sequence[float] = FACTORS,
-    forming: pd.Series | None = None, **options,
+    intervention: str | Dosed = "rescale", forming: pd.Series | None = None, **options,
 ) -> Effect:  # fmt: skip
     """Rescale the contribution of one MLP, or of a joint set by one common factor, at each sink.
 
-    The axis `edit` is the factor. `layer`, `layers`, `forming` as in `ablate`; other options as in `measure`. Raises
-    InputError for a negative, NaN or infinite factor, or one given twice.
+    `intervention`: "rescale", or a family of your own, a function of (contribution [pos, d_model], dose): `factors` are
+    its doses. The axis `edit` is the factor. `layer`, `layers`, `forming` as in `ablate`; other options as in `measure`.
+    Raises InputError for a NaN or infinite factor, one given twice, or a negative one of a rescaling.
     """
-    factors = [check_factor(factor) for factor in _several(factors)]
+    name = _name(intervention, "intervention", ("rescale",))
+    factors = [check_factor(factor) if isinstance(intervention, str) else _dose(factor) for factor in _several(factors)]
     if not factors or len(set(factors)) < len(factors):
         raise InputError(f"factors {factors}: give each once, and at least one.")
     layers = None if layers is None else _several(layers)
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
 
     def edits(factor: float, row: pd.Series) -> tuple[Edit, ...]:
-        return tuple(rescale(one, int(row.pos), factor) for one in layers_of(row))
+        return tuple(dosed(intervention, one, int(row.pos), factor, name) for one in layers_of(row))
 
-    settings = {"layers": str(layer if layers is None else list(layers))}
+    settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
     return measure(model, tokens, sinks, factors, edits, what="dose_response", settings=settings, **options)
+
+
+def dosed(intervention: str | Dosed, layer: int, pos: int, dose: float, name: str | None = None) -> Edit:
+    """One dose of "rescale", or of a family of a user's own."""
+    if isinstance(intervention, str):
+        return rescale(layer, pos, dose)
+    return custom(layer, pos, lambda contribution: intervention(contribution, dose), name, dose)
+
+
+def _name(intervention, what: str, known: tuple[str, ...]) -> str:
+    """What an intervention is called in results. Raises InputError for neither one of the `known` names nor a function."""
+    if callable(intervention):
+        return getattr(intervention, "__name__", "custom")
+    if intervention not in known:
+        names = " or ".join(map(repr, known))
+        raise InputError(f"{what} {intervention!r} is unknown: use {names} or a function of the contribution.")
+    return intervention
+
+
+def _dose(dose) -> float:
+    if isinstance(dose, bool) or not isinstance(dose, int | float | np.number) or not math.isfinite(dose):
+        raise InputError(f"dose {dose!r} is not allowed: give a finite number.")
+    return float(dose)
 
 
 def mean_contributions(

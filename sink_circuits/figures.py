@@ -37,6 +37,8 @@ AXIS_LABELS = {
     "primary_score": "primary's score (share)",
     "primary_log_odds": "primary's log-odds (nats)",
     "loss": "next-token loss (nats)",
+    "lifetime": "lifetime (layers)",
+    "kl": "KL divergence (nats)",
 }
 NAMES = {
     "score": "sink score",
@@ -44,6 +46,8 @@ NAMES = {
     "primary_score": "primary sink's score",
     "primary_log_odds": "primary sink's log-odds",
     "loss": "next-token loss",
+    "lifetime": "lifetime",
+    "kl": "KL divergence of the next token",
 }
 CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
 
@@ -74,7 +78,8 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
     start, end = (float(effect.table[name].median()) for name in ("l_start", "l_end"))
     reading = effects["layer"].to_numpy()
     # All-NaN cells (a sink too near its text's end) warn in nanmean; they stay grey.
-    cells = effects.mean(["sink", "head"]).transpose("layer", "edit").to_numpy().astype(float)
+    cells = effects.mean([dim for dim in ("sink", "head") if dim in effects.dims])
+    cells = cells.transpose("layer", "edit").to_numpy().astype(float)
     cells[reading[:, None] <= edited[None, :]] = np.nan
     # Layers that were not tried get columns of their own, grey: plotly would stretch their neighbours over the gap.
     columns = np.arange(edited.min(), edited.max() + 1)
@@ -126,7 +131,7 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
                 "len": 0.9,
                 "nticks": 5,
                 "outlinewidth": 0,
-                "title": {"text": f"change of {AXIS_LABELS[outcome]}", "side": "bottom", "font": {"size": 12}},
+                "title": {"text": f"change of {_axis(outcome)}", "side": "bottom", "font": {"size": 12}},
             },
         ),
         row=2,
@@ -137,7 +142,7 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
     figure.update_xaxes(range=[edited.min() - 0.6, edited.max() + 0.6], **_layer_ticks(edited))
     figure.update_xaxes(title_text="edited layer", title_standoff=4, showticklabels=True, row=2, col=1)
     figure.update_xaxes(showticklabels=True, row=1, col=1)
-    figure.update_yaxes(title_text=f"change, {AXIS_LABELS[outcome]}", row=1, col=1)
+    figure.update_yaxes(title_text=f"change, {_axis(outcome)}", row=1, col=1)
     figure.update_yaxes(title_text="reading layer", showgrid=False, row=2, col=1, **_layer_ticks(reading))
     figure.update_xaxes(showgrid=False, row=2, col=1)
     # A heat map's gaps show what lies behind: a grey rectangle says "impossible" where white would say "no effect".
@@ -156,7 +161,7 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
     life = f"Shaded: median life of the sinks, layers {start:g} to {end:g}; dotted: the layers that read them."
     return _finish(
         figure,
-        f"Effect of editing one MLP on the {NAMES[outcome]}",
+        f"Effect of editing one MLP on the {_named(outcome)}",
         f"{_whose(effect)}. {_bars(rows)} {life}",
         height=760,
         bottom=92,
@@ -171,6 +176,7 @@ def dose_response_figure(effect, outcome: str = "score") -> go.Figure:
     a score can have. Raises InputError for an outcome that was not measured, or edits that are not factors.
     """
     factors = _numbers(effect, "factors")
+    dose, done, ends = _doses(effect)
     order = np.argsort(factors)
     labels = [f"{factors[i]:g}" for i in order]
     panels = (
@@ -232,16 +238,13 @@ def dose_response_figure(effect, outcome: str = "score") -> go.Figure:
             row=row,
             col=1,
         )
-        figure.update_yaxes(title_text=AXIS_LABELS[name], row=row, col=1)
+        figure.update_yaxes(title_text=_axis(name), row=row, col=1)
     figure.update_xaxes(
         type="category", categoryorder="array", categoryarray=labels, showticklabels=True, showgrid=True
     )
-    figure.update_xaxes(
-        title_text="factor on the MLP's contribution<br>(evenly spaced, not to scale)", row=len(panels), col=1
-    )
-    bars = _bars(_summary(effect, outcome))
-    text = f"{_whose(effect)}; {_layers_of(effect)} rescaled. {bars} 1 is the clean model, 0 removes the contribution."
-    return _finish(figure, f"Dose-response: {NAMES[outcome]}", text, height=400 + 260 * (len(panels) - 1), bottom=72)
+    figure.update_xaxes(title_text=f"{dose}<br>(evenly spaced, not to scale)", row=len(panels), col=1)
+    text = f"{_whose(effect)}; {_layers_of(effect)} {done}. {_bars(_summary(effect, outcome))}{ends}"
+    return _finish(figure, f"Dose-response: {_named(outcome)}", text, height=400 + 260 * (len(panels) - 1), bottom=72)
 
 
 def ablation_figure(effect, outcome: str = "score") -> go.Figure:
@@ -252,7 +255,8 @@ def ablation_figure(effect, outcome: str = "score") -> go.Figure:
     """
     _by_layer(effect, outcome)
     own = outcome.removeprefix("primary_")
-    panels = [outcome] if outcome.startswith("primary") else [outcome, f"primary_{own}"]
+    panels = [outcome] if outcome == f"primary_{own}" else [outcome, f"primary_{own}"]
+    panels = [name for name in panels if f"clean_{name}" in effect.data]
     first_edited = effect.data["first_layer"].to_numpy()
     first = max(0, int(first_edited.min()))
     layers = effect.data["layer"].to_numpy()[first:]
@@ -290,14 +294,13 @@ def ablation_figure(effect, outcome: str = "score") -> go.Figure:
         ):
             lines.append((f"edited: {edit}", effect.data[name].sel(edit=edit), colour, "dash", marker))
         for label, values, colour, dash, marker in lines:
-            rows = _by_prompt(
-                values.mean("head").to_numpy()[:, first:], effect.table["prompt"], f"{effect.kind}/{name}/{label}"
-            )
+            means = values.mean("head") if "head" in values.dims else values
+            rows = _by_prompt(means.to_numpy()[:, first:], effect.table["prompt"], f"{effect.kind}/{name}/{label}")
             n_prompts = max(n_prompts, int(rows["n_prompts"].max()))
             trace = _interval_trace(layers, rows, "mean", colour, _safe(label), "layer %{x}", dash=dash, marker=marker)
             trace.showlegend = row == 1
             figure.add_trace(trace, row=row, col=1)
-        figure.update_yaxes(title_text=AXIS_LABELS[name], row=row, col=1)
+        figure.update_yaxes(title_text=_axis(name), row=row, col=1)
         if name.endswith("score"):
             figure.update_yaxes(rangemode="tozero", row=row, col=1)
     figure.update_xaxes(showticklabels=True, **_layer_ticks(layers))
@@ -307,7 +310,7 @@ def ablation_figure(effect, outcome: str = "score") -> go.Figure:
         "Shaded: layers that read the sinks (median)."
     )
     return _finish(
-        figure, f"Clean and edited {NAMES[own]}, by layer", text, height=380 + 260 * (len(panels) - 1), bottom=64
+        figure, f"Clean and edited {_named(own)}, by layer", text, height=380 + 260 * (len(panels) - 1), bottom=64
     )
 
 
@@ -368,23 +371,22 @@ def _figure_page(figure: go.Figure) -> str:
 # --------------------------------------------------------------------------------------------------- numbers behind
 def _summary(effect, outcome: str) -> pd.DataFrame:
     """The outcome's rows of `effect.summary()`."""
-    effect.effect(outcome)
+    effect.over_lifetime(outcome)  # refuses what is no outcome
     table = effect.summary()
     return table[table["outcome"] == outcome].reset_index(drop=True)
 
 
 def _edited(effect, outcome: str) -> np.ndarray:
     """The edited outcome over the lifetime, [sink, edit]."""
-    return (
-        (effect.data["loss"] if outcome == "loss" else effect.over_lifetime(outcome, "edited")).to_numpy().astype(float)
-    )
+    return effect.over_lifetime(outcome, "edited").to_numpy().astype(float)
 
 
 def _by_layer(effect, outcome: str):
     effects = effect.effect(outcome)
     if "layer" not in effects.dims:
         raise InputError(
-            f"outcome {outcome!r} has no layers to draw: use one of {', '.join(n for n in NAMES if n != 'loss')}."
+            f"outcome {outcome!r} has no layers to draw: use one of "
+            f"{', '.join(name for name in effect.outcomes if 'layer' in effect.data[name].dims)}."
         )
     return effects
 
@@ -511,6 +513,22 @@ def _finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: in
 def _safe(text: str) -> str:
     """Text for plotly, which reads some HTML in labels."""
     return html.escape(visible(text, spaces=False), quote=False)
+
+
+def _axis(outcome: str) -> str:
+    return AXIS_LABELS.get(outcome) or _safe(outcome)  # a user's own outcome has its name alone
+
+
+def _named(outcome: str) -> str:
+    return NAMES.get(outcome) or _safe(outcome)
+
+
+def _doses(effect) -> tuple[str, str, str]:
+    """What the doses of a dose-response are, what was done to the MLPs, and what its ends mean."""
+    name = effect.manifest.settings.get("intervention", "rescale")
+    if name == "rescale":
+        return "factor on the MLP's contribution", "rescaled", " 1 is the clean model, 0 removes the contribution."
+    return f"dose of {_safe(name)}", f"edited by {_safe(name)}", ""
 
 
 def _panel(outcome: str) -> str:

@@ -299,6 +299,24 @@ def random_direction(
     return Edit(layer, positions, function, "random_direction")
 
 
+def random_perturbation(edit: Edit, *names) -> Edit:
+    """f(c) = c + |edit(c) - c| * r, r uniform on the unit sphere: a change of the same size, in no direction of its own.
+
+    The control for "any disturbance of that size would do". Drawn from `names`, the layer and the position, as in
+    `random_direction`. An edit that changes nothing stays one.
+    """
+    if edit.changes_nothing:
+        return edit
+
+    def function(c: Contribution) -> Contribution:
+        wide = _wide(c)
+        drawn = [_gaussian(c.shape[-1], "perturbation", *names, edit.layer, position) for position in edit.positions]
+        size = (_wide(edit.apply(c)) - wide).norm(dim=-1, keepdim=True)
+        return wide + size * _unit(torch.stack(drawn).to(wide), "random_perturbation")
+
+    return Edit(edit.layer, edit.positions, function, f"random_perturbation of {edit.name}")
+
+
 def write_along(layer: int, positions: int | Sequence[int], direction: Float[Tensor, " d_model"], norm: float) -> Edit:
     """f(c) = norm * direction/|direction|, whatever c was. Raises InputError for a norm below 0 or a direction of norm 0."""
     norm, unit = _norm(norm), _direction(direction)

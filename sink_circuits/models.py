@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sink_circuits import weights
 from sink_circuits.attention import AttentionForm
+from sink_circuits.conversion import loader_bars
 from sink_circuits.errors import ModelError
 from sink_circuits.twin import Twin, TwinRefused, fingerprint, plain_module
 
@@ -93,6 +95,13 @@ class Adapter:
     @property
     def name(self) -> str:
         return str(getattr(self.cfg, "model_name", type(self.model).__name__))
+
+    @property
+    def revision(self) -> str:
+        """What the weights were loaded from: a Hugging Face commit or a GGUF file's SHA-256; empty where not known."""
+        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        noted = self.model.__dict__.get("_sink_circuits_revision", "")
+        return noted or getattr(config, "_commit_hash", None) or ""
 
     def base_hooks(self, layer: int) -> tuple[str, ...]:
         """Hooks whose sum is the base of block `layer`, what its MLP's contribution is added to."""
@@ -422,26 +431,31 @@ def load_model(
         return source
     if not isinstance(source, str | Path) or not str(source).strip():
         raise ModelError(f"{source!r} is not a model: give a name, a folder, a GGUF file or a model object.")
-    folder, revision = _folder_of(str(source), verbose)
+    folder, where = _find(str(source), verbose)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
-            folder, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        if tokenizer is None and not _lacks_tokenizer(folder):
-            tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        with loader_bars(verbose):
+            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **where)
+            if tokenizer is None and not _lacks_tokenizer(folder):
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{str(source)!r} could not be loaded ({first}): give one of {known_names()}, a folder with config.json and "
-            "safetensors, a GGUF file, or a Hugging Face id while online."
-        ) from error
-    name = (
-        str(source) if folder == str(source).partition("@")[0] and not Path(folder).exists() else Path(str(source)).name
-    )
-    return _bridge(hf.eval(), tokenizer, name, device)
+        raise ModelError(f"{str(source)!r} could not be loaded ({first}): {_choices()}.") from error
+    bridge = _bridge(hf.eval(), tokenizer, str(source) if where else Path(str(source)).name, device)
+    bridge.__dict__["_sink_circuits_revision"] = _revision(folder, where)
+    return bridge
+
+
+def _revision(folder: str, where: dict) -> str:
+    """What `Adapter.revision` says of a model just loaded: the hub's cache keeps one folder for each commit."""
+    if not where:
+        return weights.gguf_sha256_of(Path(folder))
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(folder, "config.json", revision=where["revision"])
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def _lacks_tokenizer(folder: str) -> bool:
@@ -452,33 +466,78 @@ def _lacks_tokenizer(folder: str) -> bool:
 
 
 def known_names() -> str:
-    from sink_circuits.weights import REGISTRY
-
-    return ", ".join(sorted(REGISTRY))
+    return ", ".join(sorted(weights.REGISTRY))
 
 
-def _folder_of(source: str, verbose: bool) -> tuple[str, str]:
-    from sink_circuits import weights
+def _choices() -> str:
+    return (
+        f"give one of {known_names()}, a folder with config.json and safetensors, a GGUF file, or a Hugging Face id "
+        "while online"
+    )
 
+
+def layers_of_config(source: str) -> int | None:
+    """How many layers the model has, from its config.json alone: before weights are read, so that a wrong layer is known.
+
+    None where there is no such file on this machine (a hub's id, a GGUF file, weights not fetched yet) or it cannot be
+    read: then only loading tells.
+    """
+    from transformers import AutoConfig
+
+    folder = weights.cached_folder(source) if source in weights.REGISTRY else Path(source).expanduser()
+    if not source or not (folder / "config.json").is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # otherwise it may ask, and wait
+        return config.get_text_config().num_hidden_layers
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _find(source: str, verbose: bool) -> tuple[str, dict]:
+    """Where `source` is: a folder and no more, or a hub's id with what `from_pretrained` needs to find it."""
     if source in weights.REGISTRY:
-        return str(weights.fetch(source, verbose=verbose)), "main"
+        return str(weights.fetch(source, verbose=verbose)), {}
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"folder {path} holds no config.json: give a folder in Hugging Face format or a GGUF file."
             )
-        return str(path), "main"
+        return str(path), {}
     if path.suffix.lower() == ".gguf" or path.is_file():
         if not path.is_file():
             raise ModelError(f"GGUF file {path} does not exist: check the path.")
-        return str(weights.convert_gguf(path, verbose=verbose)), "main"
+        return str(weights.convert_gguf(path, verbose=verbose)), {}
     name, _, revision = source.partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise ModelError(
             f"{source!r} is neither a known model ({known_names()}), a folder, a GGUF file nor a Hugging Face id like org/name@revision."
         )
-    return name, revision or "main"
+    revision = revision or "main"
+    return name, {"revision": revision, "local_files_only": not _hub_answers(name, revision)}
+
+
+def _hub_answers(name: str, revision: str) -> bool:
+    """One request to the hub: with a network that is down, transformers tries for half a minute.
+
+    False when nothing answers and the local cache has the model. Raises ModelError when it has not.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):  # an answer, if no good one: loading says what is wrong
+        return True
+    except Exception as error:  # the class for a dead network differs between versions and between httpx and httpx2
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return False
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name}@{revision} is not in the local cache, and the Hugging Face hub cannot be reached ({first}): {_choices()}."
+        ) from error
+    return True
 
 
 def _bridge(hf, tokenizer, name: str, device: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -102,23 +103,22 @@ def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
     """The bundled prompts of one kind ("maths", "prose", "code", "lists", "dialogue"), "all", or a file of one's own.
 
     A file is JSON lines with a `text` (or `problem`, `question`, `prompt`) and optional `id` and `kind`, or plain text
-    (one prompt). Raises InputError for an unknown kind or a line that cannot be read.
+    (one prompt). Raises InputError for an unknown kind, a file that is missing, or a line that cannot be read.
     """
     if n is not None and n < 1:
         raise InputError(f"n = {n} prompts asked for: at least 1.")
     path = Path(source)
-    if path.suffix in (".jsonl", ".txt", ".json") or path.is_file():
-        prompts = _read_file(path)
-    else:
-        bundled = _parse_lines(
-            files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts"
-        )
-        kinds = sorted({p.kind for p in bundled})
-        prompts = [p for p in bundled if source in ("all", p.kind)]
-        if not prompts:
-            raise InputError(
-                f"{str(source)!r} is neither a kind of bundled prompt ({', '.join(kinds)}, all) nor a file."
-            )
+    if os.path.exists(path) and not os.path.isdir(path):
+        return PromptSet(tuple(_read_file(path)[:n]))
+    bundled = _parse_lines(files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts")
+    prompts = [p for p in bundled if source in ("all", p.kind)]
+    if not prompts:
+        kinds = ", ".join([*sorted({p.kind for p in bundled}), "all"])
+        if str(source) and os.path.isdir(path):
+            raise InputError(f"prompt source {path} is a folder: name a file in it, or a bundled kind ({kinds}).")
+        if path.suffix or len(path.parts) > 1:  # no kind looks like that: a file was meant
+            raise InputError(f"prompt file {path} does not exist: check the path, or name a bundled kind ({kinds}).")
+        raise InputError(f"{str(source)!r} is neither a kind of bundled prompt ({kinds}) nor a file: give one of them.")
     return PromptSet(tuple(prompts[:n]))
 
 

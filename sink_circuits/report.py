@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,6 +58,13 @@ CAPTIONS = {
     ),
 }
 OTHER_CAPTION = CAPTIONS["ablate"]
+EDITS = {"layer_map": "edited layer", "dose_response": "factor"}
+PATHS = {
+    "fast": "fast: the plain Hugging Face module, checked against TransformerLens' hooks when the model was loaded",
+    "reference": "reference: TransformerLens' hooks",
+}
+MAX_NAMES = 12
+"""Prompts, or sinks that were left out, that are named one by one."""
 
 
 def write_report(
@@ -76,8 +85,8 @@ def write_report(
     Raises ResultError when `path` exists, cannot be written, or the results are of different models; InputError when
     texts or scores do not fit the sinks.
     """
-    html = render(sinks=sinks, effects=effects, texts=texts, scores=scores, title=title, command=command)
-    data = html.encode("utf-8")
+    page = render(sinks=sinks, effects=effects, texts=texts, scores=scores, title=title, command=command)
+    data = page.encode("utf-8")
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -99,13 +108,17 @@ def render(*, sinks, effects: Sequence, texts: Mapping, scores: Mapping | None, 
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["change"] = lambda value: _number(value, signed=True)
+    environment.filters["interval"] = lambda row: _interval(row).replace("+", "") or "–"
     environment.filters["visible"] = lambda text: figures.visible(str(text))
     environment.filters["plain"] = lambda text: figures.visible(str(text), spaces=False)
     return environment.get_template("report.html.j2").render(
         title=title,
         command=command,
         question=question(sinks, effects),
-        answers=answers(sinks, effects),
+        answers=_labelled(answers(sinks, effects), sections),
+        facts=_facts(sinks, effects),
+        treated=treated(sinks, effects),
         models=_models([sinks, *effects]),
         manifest=sinks.manifest,
         rows=_sink_rows(sinks),
@@ -144,12 +157,12 @@ def _check(sinks, effects: Sequence, texts: Mapping, scores: Mapping | None) -> 
 
 # --------------------------------------------------------------------------------------------------- sentences
 def question(sinks, effects: Sequence) -> list[str]:
-    """What was asked, in two sentences."""
+    """What was asked, a sentence per experiment, and how it is answered."""
     model = _model_name(sinks)
     asked = {
-        "layer_map": f"which MLPs of {model} form its attention sinks",
-        "dose_response": f"does the amount that an MLP of {model} writes decide how much attention a sink draws",
-        "ablate": f"do the attention sinks of {model} fall when an MLP's contribution is taken away",
+        "layer_map": f"Which MLPs of {model} form its attention sinks?",
+        "dose_response": f"Does the amount that an MLP of {model} writes decide how much attention a sink draws?",
+        "ablate": f"Do the attention sinks of {model} fall when an MLP's contribution is taken away?",
     }
     asks = list(dict.fromkeys(asked[e.kind] for e in effects if e.kind in asked))
     if not asks:
@@ -157,10 +170,9 @@ def question(sinks, effects: Sequence) -> list[str]:
             f"Which tokens of these prompts are attention sinks in {model}?",
             "No question of cause is answered by a number here.",
         ]
-    asks = [asks[0], *(ask.replace(f" of {model}", "") for ask in asks[1:])]
-    whole = asks[0] if len(asks) == 1 else f"{', '.join(asks[:-1])}, and {asks[-1]}"
     return [
-        f"{whole[0].upper()}{whole[1:]}?",
+        asks[0],
+        *(ask.replace(f" of {model}", "") for ask in asks[1:]),
         "Each answer comes from editing what an MLP adds at a sink's own position and comparing the edited run with "
         "the clean run.",
     ]
@@ -170,10 +182,10 @@ def answers(sinks, effects: Sequence) -> list[str]:
     """What was found, a sentence or two per result, in numbers."""
     n_prompts, counts = len(sinks.prompts), _kind_counts(sinks)
     if not counts:
-        return [f"In {_count(n_prompts, 'prompt')} no sink was found."]
+        return [f"In {_count(n_prompts, 'prompt')}, no sink was found."]
     found = [f"{n} {kind}" for kind, n in counts.items()]
     lines = [
-        f"In {_count(n_prompts, 'prompt')} {_join(found)} {'sinks were' if sum(counts.values()) != 1 else 'sink was'} "
+        f"In {_count(n_prompts, 'prompt')}, {_join(found)} {'sinks were' if sum(counts.values()) != 1 else 'sink was'} "
         "found."
     ]
     for effect in effects:
@@ -199,7 +211,7 @@ def _sentences(effect) -> list[str]:
         out = [
             f"Of {len(odds)} MLPs {done} one at a time on {who}, MLP {edit} has the most negative mean effect: "
             f"{without} their attention "
-            f"log-odds {_moved(least, plural=True)}. The interval is not corrected for picking one layer of "
+            f"log-odds {_moved(least, 'nats', plural=True)}. The interval is not corrected for picking one layer of "
             f"{len(odds)}."
         ]
         score = rows["score"].loc[rows["score"]["edit"] == least["edit"]].iloc[0]
@@ -219,9 +231,13 @@ def _sentences(effect) -> list[str]:
         odds = rows["log_odds"].sort_values("edit")
         if odds["effect"].isna().all():
             return [f"The dose-response on {who} has no defined effect."]
-        steps = [f"×{row['edit']:g}: {_effect(row)}" for _, row in odds.iterrows() if row["edit"] != 1]
         diffs = np.diff(odds["effect"].to_numpy())
-        out = [f"Rescaling {where} moves their attention log-odds by {'; '.join(steps)} ({_basis(odds.iloc[0])})."]
+        ends = odds[odds["edit"] != 1].iloc[[0, -1]].drop_duplicates("edit")
+        said = [
+            f"at factor {row['edit']:g} their attention log-odds {_moved(row, 'nats', plural=True)}"
+            for _, row in ends.iterrows()
+        ]
+        out = [f"Rescaling {where}: {'; '.join(said)}."]
         if len(odds) > 2 and np.isfinite(diffs).all():
             if (diffs > 0).all():
                 out.append(
@@ -235,7 +251,7 @@ def _sentences(effect) -> list[str]:
         for edit in rows["log_odds"]["edit"]:
             row = rows["log_odds"].loc[rows["log_odds"]["edit"] == edit].iloc[0]
             verb = {"zero": "Removing", "mean": "Replacing by its mean"}.get(str(edit), f"Edit “{edit}” of")
-            out.append(f"{verb} {where}: their attention log-odds {_moved(row, plural=True)}.")
+            out.append(f"{verb} {where}: their attention log-odds {_moved(row, 'nats', plural=True)}.")
             score = rows["score"].loc[rows["score"]["edit"] == edit].iloc[0]
             out.append(f"Their mean score goes from {_number(score['clean'])} to {_number(score['edited'])}.")
             primary = rows["primary_score"].loc[rows["primary_score"]["edit"] == edit].iloc[0]
@@ -244,21 +260,18 @@ def _sentences(effect) -> list[str]:
     return out
 
 
-def _moved(row, *, plural: bool = False) -> str:
+def _moved(row, unit: str = "", *, plural: bool = False) -> str:
     """What an outcome did; a direction is named only when enough prompts give an interval that excludes 0."""
-    s = "" if plural else "s"
+    s, unit = "" if plural else "s", f" {unit}" if unit else ""
     if not math.isfinite(row["effect"]):
         return f"{'have' if plural else 'has'} no defined effect (too few later queries)"
-    change = f"{_effect(row)} ({_basis(row)})"
+    change = f"{_number(row['effect'], signed=True)} {_interval(row)}".strip() + f"{unit} ({_basis(row)})"
     if not math.isfinite(row["low"]) or row["n_prompts"] < MIN_PROMPTS:
         return f"differ{s} by {change}"
     if row["low"] <= 0 <= row["high"]:
-        return f"change{s} by {change}; the interval includes 0, so the direction is not decided"
-    return f"{'fall' if row['effect'] < 0 else 'rise'}{s} by {_number(abs(row['effect']))} {_interval(row, absolute=True)} ({_basis(row)})"
-
-
-def _effect(row) -> str:
-    return f"{_number(row['effect'], signed=True)} {_interval(row)}".strip()
+        return f"change{s} by {change}, an interval that includes 0, so that the direction is not decided"
+    size = f"{_number(abs(row['effect']))} {_interval(row, absolute=True)}{unit}"
+    return f"{'fall' if row['effect'] < 0 else 'rise'}{s} by {size} ({_basis(row)})"
 
 
 def _interval(row, *, absolute: bool = False) -> str:
@@ -296,6 +309,12 @@ def limits(sinks, effects: Sequence) -> list[str]:
             "The map looks at many layers; its intervals are for each layer by itself and are not corrected for "
             "having looked at all of them. "
             "A layer picked from the map should be confirmed on other prompts."
+        )
+    if any(_picks_layers(effect) for effect in effects):
+        lines.append(
+            "Each sink's forming MLP is the layer with the most negative effect on that sink. Where dose-response and "
+            "ablation treat the prompts that it was picked on, they show that edit in detail and are no second "
+            "confirmation of it, and its effect tends to be overstated."
         )
     if effects:
         lines.append(
@@ -341,6 +360,10 @@ def limits(sinks, effects: Sequence) -> list[str]:
 
 def _single_layer(effect) -> bool:
     return effect.kind == "layer_map" or "," not in str(effect.manifest.settings.get("layers", ","))
+
+
+def _picks_layers(effect) -> bool:
+    return effect.manifest.settings.get("layers") == "forming"
 
 
 def _layers(effect) -> str:
@@ -398,6 +421,53 @@ def _number_or_text(value) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- parts of the page
+def _labelled(lines: Sequence[str], sections: Sequence[dict]) -> list[dict]:
+    """The answers with what each is about and where on the page it is shown."""
+    heads = [("Sinks", "found"), *((section["title"].partition(":")[0], section["id"]) for section in sections)]
+    return [
+        {"label": label, "target": target, "text": line} for line, (label, target) in zip(lines, heads, strict=False)
+    ]
+
+
+def _facts(sinks, effects: Sequence) -> list[tuple[str, str]]:
+    """Model and data as (name, value)."""
+    manifest = sinks.manifest
+    sizes = [effect.data.sizes for effect in effects if {"layer", "head"} <= set(effect.data.sizes)]
+    names = list(map(str, sinks.prompts))
+    more = len(names) - MAX_NAMES
+    rows = [
+        ("Model", manifest.model),
+        ("Size", f"{sizes[0]['layer']} layers, {sizes[0]['head']} heads in each" if sizes else ""),
+        ("Loaded from", manifest.revision),
+        ("Weights (hash)", manifest.weights),
+        ("Number format", manifest.dtype),
+        ("Prompts", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{f' and {more} more' if more > 0 else ''}"),
+        ("Tokens (hash)", manifest.tokens),
+        ("Sinks found by", str(manifest.what).partition(":")[2] or manifest.what),
+        ("Execution path", PATHS.get(manifest.path, manifest.path)),
+    ]
+    return [(name, str(value)) for name, value in rows if value]
+
+
+def treated(sinks, effects: Sequence) -> str:
+    """How many of the sinks found the experiments treat, and which of their kinds were left out."""
+    key = ["prompt", "pos", "l_start"]
+    own = sinks.table.set_index(key)["kind"]
+    keys = {row for effect in effects for row in effect.table[key].itertuples(index=False, name=None)}
+    is_treated = own.index.isin(keys)
+    if not is_treated.any():
+        return ""
+    kinds = [kind for kind in own.unique() if (is_treated & (own == kind)).any()]
+    counts = [f"{int((is_treated & (own == kind)).sum())} of {int((own == kind).sum())} {kind}" for kind in kinds]
+    out = [f"The experiments treat {_join(counts)} sinks, numbered as in the table above."]
+    left = sinks.table.index[~is_treated & own.isin(kinds).to_numpy()].tolist()
+    if left and len(left) <= MAX_NAMES:
+        out.append(f"Left out: sink{'s' * (len(left) > 1)} {_join([str(number) for number in left])}.")
+    if others := [str(kind) for kind in own.unique() if kind not in kinds]:
+        out.append(f"No {' or '.join(others)} sink was treated.")
+    return " ".join(out)
+
+
 def _sink_rows(sinks) -> list[dict]:
     return [
         {"number": number, **row}
@@ -406,14 +476,23 @@ def _sink_rows(sinks) -> list[dict]:
 
 
 def _models(results: Sequence) -> list[dict]:
-    return [{"what": r.manifest.what, **r.manifest.to_dict(), "settings": _flat(r.manifest.settings)} for r in results]
+    """Every result's settings; how its sinks were found is said once where it is as for the sinks of this page."""
+    shared = results[0].manifest.settings
+    return [
+        {
+            **r.manifest.to_dict(),
+            "settings": ", ".join(_flat({k: v for k, v in r.manifest.settings.items() if k != "found" or v != shared}))
+            + ("; sinks found as above" if r.manifest.settings.get("found") == shared else ""),
+        }
+        for r in results
+    ]
 
 
-def _flat(settings: Mapping) -> str:
+def _flat(settings: Mapping) -> list[str]:
     parts = []
     for name, value in settings.items():
-        parts += [f"{k} = {v}" for k, v in value.items()] if isinstance(value, Mapping) else [f"{name} = {value}"]
-    return ", ".join(parts) or "none"
+        parts += _flat(value) if isinstance(value, Mapping) else [f"{name} = {'not set' if value is None else value}"]
+    return parts
 
 
 def _views(sinks, texts: Mapping, scores: Mapping | None) -> list[dict]:
@@ -440,23 +519,40 @@ def _section(number: int, effect) -> dict:
     table = [{column: row[column] for column in columns} for row in summary.to_dict(orient="records")]
     for row in table:
         row["edit"], row["outcome"] = _number_or_text(row["edit"]), figures.NAMES.get(row["outcome"], row["outcome"])
+    drawn = []
+    for outcome in outcomes:
+        figure = figures.effect_figure(effect, outcome)
+        heading, note = _lift_title(figure)
+        drawn.append(
+            {
+                "id": f"figure-{number}-{outcome}",
+                "heading": heading,
+                "note": note,
+                "json": Markup(figures.figure_json(figure)),
+                "height": figure.layout.height,
+            }
+        )
     return {
         "id": f"effect-{number}",
         "title": CAUSES.get(effect.kind, f"Experiment: {effect.kind}"),
         "caption": CAPTIONS.get(effect.kind, OTHER_CAPTION),
+        "edit": EDITS.get(effect.kind, "edit"),
         "table": table,
-        "figures": [
-            {
-                "id": f"figure-{number}-{outcome}",
-                "json": Markup(figures.figure_json(figure)),
-                "height": figure.layout.height,
-                "label": f"Figure: {figures.NAMES[outcome]}, {effect.kind.replace('_', ' ')}. Its numbers are in the "
-                "table that follows.",
-            }
-            for outcome in outcomes
-            for figure in (figures.effect_figure(effect, outcome),)
-        ],
+        "figures": drawn,
     }
+
+
+def _lift_title(figure) -> tuple[str, str]:
+    """Take title and note out of a figure, as plain text: the page wraps them to its width, plotly wraps nothing.
+
+    A figure's title is `<b>title</b><br><span>note</span>` with line breaks for a phone (`figures._finish`).
+    """
+    parts = (figure.layout.title.text or "").partition("</b>")[::2]
+    heading, note = (html.unescape(re.sub("<[^>]*>", "", part.replace("<br>", " "))).strip() for part in parts)
+    # What stays above the panels: the first panel's own title, and the legend where there is one.
+    margin = 48 if figure.layout.showlegend else 32
+    figure.update_layout(title=None, height=figure.layout.height - figure.layout.margin.t + margin, margin_t=margin)
+    return heading, note
 
 
 def _libraries(plotly: bool, circuitsvis: bool) -> list[dict]:

@@ -24,7 +24,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is needed to make a result again: model and weights, inputs, settings, versions, execution path."""
+    """What is needed to make a result again: model and weights, inputs, settings, versions, execution path, seeds.
+
+    `weights`: hash of the parameters as they were used. `revision`: what they were loaded from, a Hugging Face commit
+    (40 hex digits) or the SHA-256 of a GGUF file (64), empty where that is not known. `seed`: "names", for every draw is
+    seeded by the hash of names that stand in the result (`statistics.seed_of`), never by a global state. Files of
+    versions that noted neither load with both empty.
+    """
 
     what: str
     model: str
@@ -35,6 +41,8 @@ class Manifest:
     path: str
     settings: Mapping = field(default_factory=dict)
     versions: Mapping = field(default_factory=dict)
+    revision: str = ""
+    seed: str = ""
     format: int = FORMAT
 
     @staticmethod
@@ -48,6 +56,7 @@ class Manifest:
         return Manifest(
             what=what, model=adapter.name, weights=adapter.weights_hash, dtype=str(adapter.cfg.dtype).removeprefix("torch."),
             tokens=tokens.hash, n_prompts=len(tokens), path=path, settings=json.loads(json.dumps(settings, default=str)), versions=versions,
+            revision=adapter.revision, seed="names",
         )  # fmt: skip
 
     def to_dict(self) -> dict:

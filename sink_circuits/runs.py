@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from sink_circuits.attention import AttentionSums, streamed_attention
 from sink_circuits.errors import CacheError, InputError
+from sink_circuits.groups import KeyGroups, Masses
+from sink_circuits.holds import Hold, hold_functions, hook_of, n_held
 from sink_circuits.interventions import Edit
+from sink_circuits.losses import loss_of_logits, next_token_kl, next_token_loss
 from sink_circuits.models import TOLERANCES, Adapter, adapt, relative_error
 from sink_circuits.twin import BlockInputs, TwinRefused
 
 TINY = torch.finfo(torch.float32).tiny
-LOGIT_SLICE_FLOATS = 1 << 25
-"""Floats of logits held at once where a loss is asked for (128 MiB): Gemma's vocabulary is 262,144."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class EditedRun:
     """One edited forward pass as measured: layers up to the first edited one hold the clean values exactly.
 
     `columns` covers the whole text; `resid_post_chosen` [layer, chosen, d_model] are the chosen positions' residuals
-    (manipulation checks); `loss` [pos] is the next-token loss, NaN at the last position, None when not asked for.
+    (manipulation checks). None when not asked for: `loss` [pos], the next-token loss, NaN at the last position; `kl` [pos],
+    KL(clean || edited) of the next-token distributions in nats, >= 0, exactly 0 before the first edited position; `mass`,
+    for each of the row's `KeyGroups` the mean attention that each group of keys gets, NaN at the layers up to the first
+    edited one, where it is the clean run's.
     """
 
     edits: tuple[Edit, ...]
@@ -81,6 +86,9 @@ class EditedRun:
     resid_post_chosen: Float[Tensor, "layer chosen d_model"]
     loss: Float[Tensor, " pos"] | None
     path: str
+    holds: tuple[Hold, ...] = ()
+    kl: Float[Tensor, " pos"] | None = None
+    mass: tuple[Float[Tensor, "layer head group"], ...] | None = None
 
 
 def names_filter(model) -> Callable[[str], bool]:
@@ -183,7 +191,9 @@ class _PatternTap:
 
     chosen: tuple[int, ...]
     learned_sinks: bool
+    groups: Float[Tensor, "batch key group"] | None = None
     attention: AttentionSums | None = None
+    grouped: Float[Tensor, "batch query head group"] | None = None
 
     def __call__(self, pattern: Float[Tensor, "batch head query key"], hook=None) -> None:
         pattern = pattern.float()
@@ -200,6 +210,8 @@ class _PatternTap:
                 rests.append(rest + (1 - total) if self.learned_sinks else rest)
             log_rest = torch.stack(rests, -1).clamp(min=0).log()
         self.attention = AttentionSums(later, diagonal, log_attention, log_rest)
+        if self.groups is not None:
+            self.grouped = (pattern @ self.groups[:, None]).transpose(1, 2)
 
 
 def _learned_sinks(adapter: Adapter) -> bool:
@@ -325,41 +337,64 @@ def _attention_input(adapter: Adapter, have: set[str], layer: int, letter: str) 
     return plain if plain in have and positions in ("standard", "shortformer") and not adapter.processed else None
 
 
+class _Row(NamedTuple):
+    """One row of a batch: what is edited, what is held, and by which groups of keys its attention is summed."""
+
+    edits: tuple[Edit, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    groups: tuple[KeyGroups, ...] = ()
+
+
 @torch.no_grad()
 def run_edited(
-    model, clean: CleanRun, rows: Sequence[Sequence[Edit]], *, loss: bool = False, path: str = "auto"
+    model, clean: CleanRun, rows: Sequence[Sequence[Edit | Hold]], *, loss: bool = False, kl: bool = False,
+    groups: Sequence[Sequence[KeyGroups]] | None = None, path: str = "auto",
 ) -> list[EditedRun]:  # fmt: skip
     """Run several edits of one text as the rows of one batch; an empty row is an unedited one.
 
-    `clean` must hold the columns of the keys to measure (`run_clean(..., chosen=...)`), edited positions among them or
-    not. Raises InputError for a layer or position out of range, before anything is run.
+    A row is a list of edits and, with them, holds: activations kept at the values of an unedited row, which is added to
+    the batch. `clean` must hold the columns of the keys to measure (`run_clean(..., chosen=...)`), edited positions among
+    them or not. `loss`, `kl`: on the tokens from each position on; `groups`: for each row, how its attention is summed
+    (`sink_circuits.mass`). Raises InputError for a layer or position out of range or a hold that reaches nothing,
+    before anything is run.
     """
     adapter = adapt(model)
-    cells = [tuple(row) for row in rows]
-    if not cells:
+    parts = [tuple(row) for row in rows]
+    if not parts:
         return []
     if clean.columns is None or clean.contribution is None:
         raise InputError(
             "the clean run holds no columns, or cannot be resumed: make it with run_clean(..., chosen=positions)."
         )
-    for row in cells:
-        for edit in row:
+    if groups is not None and len(groups) != len(parts):
+        raise InputError(f"groups of {len(groups)} rows for {len(parts)} rows: give each row its own.")
+    cells = [_row_of(row, () if groups is None else tuple(groups[i])) for i, row in enumerate(parts)]
+    for cell in cells:
+        for edit in cell.edits:
             edit.check(adapter.n_layers, clean.n_positions)
-        if len({(e.layer, p) for e in row for p in e.positions}) < sum(len(e.positions) for e in row):
+        if len({(e.layer, p) for e in cell.edits for p in e.positions}) < sum(len(e.positions) for e in cell.edits):
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
+        for hold in cell.holds:
+            hold.check(cell.edits, adapter.n_layers, clean.n_positions)
     if path == "fast" and clean.inputs is None:
         raise InputError(
             "the fast path needs a clean run of its own, this one is the reference path's: use path='auto'."
         )
     fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
+    make = _edited_fast if fast else _edited_reference
     runs: list[EditedRun | None] = [None] * len(cells)
-    for resume, members in batches(cells, alone=adapter.mixes_rows):
+    for resume, members in batches([cell.edits for cell in cells], alone=adapter.mixes_rows):
         batch = [cells[i] for i in members]
-        make = _edited_fast if fast else _edited_reference
-        made = make(adapter, clean, batch, resume, loss)
-        for i, run in zip(members, made, strict=True):
-            runs[i] = run
+        unedited = [_Row()] if any(cell.holds for cell in batch) or (kl and not fast) else []
+        made = make(adapter, clean, unedited + batch, resume, loss, kl)
+        for i, run in zip(members, made[len(unedited) :], strict=True):
+            runs[i] = run if groups is not None else replace(run, mass=None)
     return runs
+
+
+def _row_of(parts: tuple[Edit | Hold, ...], groups: tuple[KeyGroups, ...]) -> _Row:
+    holds = tuple(part for part in parts if isinstance(part, Hold))
+    return _Row(tuple(part for part in parts if not isinstance(part, Hold)), holds, groups)
 
 
 def first_edit(edits: Sequence[Edit]) -> tuple[int, int]:
@@ -389,11 +424,9 @@ def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[tupl
     return [(resume, sorted(group)) for resume, group in groups.items()]
 
 
-def _row_edit(
-    rows: Sequence[tuple[Edit, ...]], layer: int, first: int, counter: list[int]
-) -> Callable[[Tensor], Tensor] | None:
+def _row_edit(rows: Sequence[_Row], layer: int, first: int, counter: list[int]) -> Callable[[Tensor], Tensor] | None:
     """The edits of `layer`, each in its own row of the batch, as one function of the batch's contributions."""
-    here = [(row, edit) for row, edits in enumerate(rows) for edit in edits if edit.layer == layer]
+    here = [(row, edit) for row, cell in enumerate(rows) for edit in cell.edits if edit.layer == layer]
     if not here:
         return None
 
@@ -408,10 +441,12 @@ def _row_edit(
 
 
 def _edited_fast(
-    adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], resume: tuple[int, int], loss: bool
+    adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: tuple[int, int], loss: bool, kl: bool
 ) -> list[EditedRun]:  # fmt: skip
     first_layer, unchanged_before = resume
-    start = unchanged_before if clean.keys is not None else 0  # without keys to reuse, the prefix is run again
+    masses = Masses.of(adapter, [row.groups for row in rows], clean.n_positions)
+    # Without keys to reuse, the prefix is run again.
+    start = int(min(unchanged_before, masses.first_query)) if clean.keys is not None else 0
     counter = [0]
     if first_layer < 0:
         resid = clean.inputs.embed.expand(len(rows), -1, -1)
@@ -422,6 +457,7 @@ def _edited_fast(
     functions = {
         layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))
     }
+    held = hold_functions([row[:2] for row in rows], first_layer, start, adapter.n_layers, clean.n_positions, counter)
     chosen = clean.columns.chosen
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
     log_rest = [clean.columns.log_rest.clone() for _ in rows]
@@ -440,17 +476,20 @@ def _edited_fast(
 
     layers = range(first_layer + 1, adapter.n_layers)
     for run in adapter.twin.run(
-        resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions
+        resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions, holds=held,
+        groups=masses.columns, sums=masses.columns is not None,
     ):  # fmt: skip
         log_tiny = torch.tensor(TINY).log()
         for row in range(len(rows)):
             log_attention[row][run.layer, :, start:] = run.tap.attention.log_attention[row].clamp(min=log_tiny)
             log_rest[row][run.layer, :, start:] = run.tap.attention.log_rest[row].clamp(min=log_tiny)
+        if masses.columns is not None:
+            masses.note(run.layer, run.tap.grouped, run.tap.attention.diagonal, start, _learned_sinks(adapter))
         note_residual(run.layer, run.resid_post)
         resid = run.resid_post
-    expected = sum(len(row) for row in rows)
+    expected = _n_expected(rows, first_layer, adapter.n_layers)
     if counter[0] != expected:
-        raise TwinRefused(f"{expected} edits were asked for and {counter[0]} were made: report this model.")
+        raise TwinRefused(f"{expected} edits and holds were asked for and {counter[0]} were made: report this model.")
     losses: list[Tensor | None] = [None] * len(rows)
     if loss:
         before = clean.loss if clean.loss is not None or not start else clean_loss(adapter.model, clean)
@@ -459,7 +498,21 @@ def _edited_fast(
             losses[row] = torch.cat([before[:start], own]) if start else own
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
     columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
-    return [EditedRun(row, columns[i], resid_chosen[i], losses[i], "fast") for i, row in enumerate(rows)]
+    divergence = None
+    if kl:
+        divergence = torch.zeros(len(rows), clean.n_positions, device=resid.device)
+        clean_resid = clean.resid_post(adapter.n_layers - 1)[unchanged_before:]
+        own = resid[:, unchanged_before - start :]
+        divergence[:, unchanged_before:] = next_token_kl(adapter.twin.logits, clean_resid, own)
+    return [
+        EditedRun(row.edits, columns[i], resid_chosen[i], losses[i], "fast", row.holds, None if divergence is None else divergence[i],
+                  masses.of_row[i])
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+def _n_expected(rows: Sequence[_Row], first_layer: int, n_layers: int) -> int:
+    return sum(len(row.edits) for row in rows) + n_held([row[:2] for row in rows], first_layer, n_layers)
 
 
 def _resid_chosen(clean: CleanRun) -> Float[Tensor, "layer chosen d_model"]:
@@ -478,13 +531,16 @@ def _unchanged_from(clean: Columns, edited: Columns, first_layer: int, start: in
 
 
 def _edited_reference(
-    adapter: Adapter, clean: CleanRun, rows: list[tuple[Edit, ...]], resume: tuple[int, int], loss: bool
+    adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: tuple[int, int], loss: bool, kl: bool
 ) -> list[EditedRun]:  # fmt: skip
     layers = range(adapter.n_layers)
+    first_layer, start = resume
     chosen = clean.columns.chosen
-    taps = [_PatternTap(chosen, _learned_sinks(adapter)) for _ in layers]
+    masses = Masses.of(adapter, [row.groups for row in rows], clean.n_positions)
+    taps = [_PatternTap(chosen, _learned_sinks(adapter), masses.columns) for _ in layers]
     residuals: dict[int, Tensor] = {}
     counter = [0]
+    held = hold_functions([row[:2] for row in rows], first_layer, 0, adapter.n_layers, clean.n_positions, counter)
 
     def keep_residual(layer: int):
         def hook(value: Tensor, hook) -> None:
@@ -494,18 +550,26 @@ def _edited_reference(
 
     hooks: list[tuple[str, Callable]] = []
     for layer in layers:
+        # Hooks of one name are called in this order: what is held is held before it is edited, or kept.
+        hooks += [
+            (hook_of(adapter, what, layer), lambda value, hook, f=function: f(value, 1))
+            for what, function in held.get(layer, {}).items()
+        ]
         if function := _row_edit(rows, layer, 0, counter):
             hooks.append((adapter.contribution_hook(layer), lambda value, hook, f=function: f(value)))
         hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
     tokens = clean.tokens.expand(len(rows), -1)
     final = adapter.model.run_with_hooks(
-        tokens, fwd_hooks=hooks, **({} if loss else {"stop_at_layer": adapter.n_layers})
+        tokens, fwd_hooks=hooks, **({} if loss or kl else {"stop_at_layer": adapter.n_layers})
     )
-    first_layer, start = resume
     clean_resid = _resid_chosen(clean)
-    expected = sum(len(row) for row in rows)
+    expected = _n_expected(rows, first_layer, adapter.n_layers)
     if counter[0] != expected:
-        raise InputError(f"{expected} edits were asked for and {counter[0]} fired: hook_mlp_out is dead in this model.")
+        raise InputError(
+            f"{expected} edits and holds were asked for and {counter[0]} fired: a hook is dead in this model."
+        )
+    for layer in range(first_layer + 1, adapter.n_layers) if masses.columns is not None else ():
+        masses.note(layer, taps[layer].grouped, taps[layer].attention.diagonal, 0, _learned_sinks(adapter))
     out = []
     for index, row in enumerate(rows):
         columns = _columns(chosen, [tap.attention for tap in taps], index)
@@ -515,32 +579,15 @@ def _edited_reference(
         before = [i for i, position in enumerate(chosen) if position < start]
         resid[:, before] = clean_resid[:, before]
         resid[: max(first_layer, 0)] = clean_resid[: max(first_layer, 0)]
-        row_loss = _loss_of_logits(final[index], clean.tokens) if loss else None
-        out.append(EditedRun(row, columns, resid, row_loss, "reference"))
-    return out
-
-
-def next_token_loss(
-    logits_of: Callable[[Tensor], Tensor], resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]
-) -> Float[Tensor, " pos"]:
-    """-log p(next token) at every position, NaN at the last; logits are made in slices and dropped."""
-    losses = torch.full((len(tokens),), torch.nan, device=tokens.device)
-    step = None
-    position = 0
-    while position < len(tokens) - 1:
-        stop = min(position + (step or 1), len(tokens) - 1)
-        logits = logits_of(resid_post[position:stop]).float()
-        step = max(1, LOGIT_SLICE_FLOATS // logits.shape[-1])
-        losses[position:stop] = torch.nn.functional.cross_entropy(
-            logits, tokens[position + 1 : stop + 1], reduction="none"
+        row_loss = loss_of_logits(final[index], clean.tokens) if loss else None
+        divergence = None
+        if kl:
+            divergence = next_token_kl(lambda logits: logits, final[0], final[index : index + 1])[0]
+            divergence[:start] = 0
+        out.append(
+            EditedRun(row.edits, columns, resid, row_loss, "reference", row.holds, divergence, masses.of_row[index])
         )
-        position = stop
-    return losses
-
-
-def _loss_of_logits(logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
-    own = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
-    return torch.cat([own, own.new_full((1,), torch.nan)])
+    return out
 
 
 def clean_loss(model, clean: CleanRun) -> Float[Tensor, " pos"]:
@@ -549,4 +596,4 @@ def clean_loss(model, clean: CleanRun) -> Float[Tensor, " pos"]:
     if adapter.twin is not None and clean.path != "reference":
         return next_token_loss(adapter.twin.logits, clean.resid_post(adapter.n_layers - 1), clean.tokens)
     with torch.no_grad():
-        return _loss_of_logits(adapter.model(clean.tokens[None], return_type="logits")[0], clean.tokens)
+        return loss_of_logits(adapter.model(clean.tokens[None], return_type="logits")[0], clean.tokens)

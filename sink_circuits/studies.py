@@ -6,11 +6,14 @@ Everything here is plain data: it crosses to workers, and its fingerprint names 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib
 import json
 import math
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +64,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Study:
-    """A sweep over models, prompts, layers and factors: rescale MLP contributions at the sinks of every prompt.
+    """A sweep over models, prompts, layers and factors: edit MLP contributions at the sinks of every prompt.
 
     `kinds` of sinks are treated, at most `sinks_per_prompt` of them, drawn by `seed` (None: all). `layers`: "all" (each
     by itself), "forming" (each sink's own, by a layer map), or numbers and joint sets: [3, [6, 7]]. Contributions are
-    multiplied by each of `factors` (0 ablates; 1 is the clean run and is not run). `loss`: the next-token loss too.
+    multiplied by each of `factors` (0 ablates; 1 is the clean run and is not run). `interventions`: "rescale", or
+    functions of your own of (contribution [pos, d_model], factor) as "module:function"; `outcomes`: functions of your own
+    of (clean, edited, sink), likewise (see `own_function`). `loss`, `kl`: the next-token loss, the KL divergence too.
     `min_queries`: later queries that a score needs; `thresholds` of detection by name (see `detection.Thresholds`).
     `layers_per_cell`: layers (or joint sets) of one prompt in one unit of work. `threads`: torch threads of a worker,
     part of the study because the last bits depend on it. `path` as in `run_clean`. Raises InputError.
@@ -77,7 +82,10 @@ class Study:
     sinks_per_prompt: int | None = None
     layers: str | tuple[tuple[int, ...], ...] = "all"
     factors: tuple[float, ...] = FACTORS
+    interventions: tuple[str, ...] = ("rescale",)
+    outcomes: tuple[str, ...] = ()
     loss: bool = False
+    kl: bool = False
     min_queries: int = 16
     thresholds: Mapping[str, Any] = field(default_factory=dict)
     layers_per_cell: int = 8
@@ -95,15 +103,22 @@ class Study:
         settle(self, "prompts", prompts)
         settle(self, "kinds", tuple(_one_of(kind, "kind", KINDS) for kind in _several(self.kinds, "kinds")))
         settle(self, "layers", _layers(self.layers))
-        settle(self, "factors", tuple(_number(f, "factor", float, low=0) for f in _several(self.factors, "factors")))
-        for name in ("models", "kinds", "layers", "factors"):
+        settle(self, "interventions", tuple(_intervention(i) for i in _several(self.interventions, "interventions")))
+        settle(self, "outcomes", tuple(map(_own, _several(self.outcomes, "outcomes") if self.outcomes else ())))
+        low = 0 if "rescale" in self.interventions else -math.inf
+        settle(self, "factors", tuple(_number(f, "factor", float, low=low) for f in _several(self.factors, "factors")))
+        for name in ("models", "kinds", "layers", "factors", "interventions", "outcomes"):
             if isinstance(values := getattr(self, name), tuple) and len(set(values)) < len(values):
                 raise InputError(f"{name} = {list(values)}: name each once.")
+        names = [path.split(":")[1] for path in self.outcomes]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"two outcomes are named {twice[0]!r}: name each its own.")
         if self.sinks_per_prompt is not None:
             _number(self.sinks_per_prompt, "sinks_per_prompt", int, low=1)
         for name in ("min_queries", "layers_per_cell", "threads"):
             _number(getattr(self, name), name, int, low=1)
         _flag(self.loss, "loss")
+        _flag(self.kl, "kl")
         _one_of(self.path, "path", ("auto", "fast", "reference"))
         for name in ("device", "seed"):
             _text(getattr(self, name), name)
@@ -162,6 +177,39 @@ def fingerprint(content: Any) -> str:
     """SHA-256 of plain data, 32 hex digits: the same for equal content, in every process and version of Python."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache  # a module is imported once: the version noted must be that of the code which runs, not of a newer file
+def own_function(path: str) -> tuple[Callable, str]:
+    """The function at "module:function", and the version of its module: a hash of the file's content.
+
+    The module is imported by name in every process that computes: install it, or name its folder in PYTHONPATH. Code is
+    never sent. Raises InputError when it cannot be imported or called.
+    """
+    module_name, name = _own(path).split(":")
+    if module_name == "__main__":
+        raise InputError(f"{path} stands in the program itself, which workers do not import: move it to a module.")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise InputError(
+            f"{path} cannot be imported ({type(error).__name__}: {error}): install its module, or name its folder in PYTHONPATH."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{path} is no function: module {module_name} has none of this name.")
+    file = getattr(module, "__file__", None)
+    return function, hashlib.sha256(Path(file).read_bytes() if file else module_name.encode()).hexdigest()[:32]
+
+
+def _own(path) -> str:
+    if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
+        raise InputError(f"{path!r} names no function: write 'module:function'.")
+    return path
+
+
+def _intervention(name) -> str:
+    return name if name == "rescale" else _own(name)
 
 
 def _fields(cls, given: Mapping, where: str):

@@ -37,15 +37,26 @@ from tqdm.auto import tqdm
 from sink_circuits import statistics
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError, SinkCircuitsError
-from sink_circuits.experiments import OUTCOMES, Effect, layer_map, measure
-from sink_circuits.interventions import Edit, rescale
+from sink_circuits.experiments import Effect, dosed, layer_map, measure
+from sink_circuits.interventions import Edit
 from sink_circuits.models import adapt, load_model
+from sink_circuits.outcomes import Outcome, as_outcomes
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens
 from sink_circuits.results import FORMAT, Manifest, check_target, write_whole
-from sink_circuits.studies import Study, fingerprint
+from sink_circuits.studies import Study, fingerprint, own_function
+from sink_circuits.sweep_results import (
+    FAILURES,
+    STUDY,
+    SweepResult,
+    cell_path,
+    layers_text,
+    load_sweep,
+    read_cell,
+    read_json,
+)
 from sink_circuits.weights import REGISTRY
 
-STUDY, FAILURES, LOCK = "study.json", "failures.json", ".lock"
+LOCK = ".lock"
 ATTEMPTS = 3
 """How often a cell is given to a worker before a dying worker is taken for the cell's own fault."""
 POLL = 0.1
@@ -80,20 +91,15 @@ class Cell:
         return fingerprint({**self.content, "ids": self.ids})
 
     @property
-    def edits(self) -> dict[str, tuple[str, tuple[int, ...] | None, float]]:
-        """label -> (layers as text, layers or None for the sink's forming one, factor)."""
+    def edits(self) -> dict[str, tuple[str, tuple[int, ...] | None, str, float]]:
+        """label -> (layers as text, layers or None for the sink's forming one, intervention, factor)."""
         groups = [("forming", None)] if self.layers is None else [(layers_text(group), group) for group in self.layers]
-        return {f"{text} x {f!r}": (text, group, f) for text, group in groups for f in self.settings["factors"]}
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """A joint set in tables: "6+7"."""
-    return "+".join(map(str, layers))
-
-
-def _by_layer(text: str) -> tuple[int, ...]:
-    """Sorts what `layers_text` wrote, and "forming"."""
-    return () if text == "forming" else tuple(map(int, text.split("+")))
+        return {
+            f"{text} {'x' if name == 'rescale' else name} {factor!r}": (text, group, name, factor)
+            for text, group in groups
+            for name in self.settings["interventions"]
+            for factor in self.settings["factors"]
+        }
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Answer:
     """A worker's answer: `value` (a cell's file as bytes, or `Facts`), or `cause`, why there is none."""
 
     value: Any = None
@@ -126,10 +132,31 @@ class Outcome:
 
 
 def shared_settings(study: Study) -> dict[str, Any]:
-    """What every cell of a study has in common, as plain data."""
+    """What every cell of a study has in common, as plain data; the version of each of the user's functions with it.
+
+    Raises InputError for a function that cannot be imported, or an outcome whose name is taken.
+    """
     fields = study.to_dict()
-    names = ("kinds", "sinks_per_prompt", "factors", "loss", "min_queries", "device", "path", "threads", "seed")
-    return {name: fields[name] for name in names} | {"thresholds": study.detection_thresholds()}
+    names = (
+        "kinds", "sinks_per_prompt", "factors", "interventions", "outcomes", "loss", "kl", "min_queries", "device", "path",
+        "threads", "seed",
+    )  # fmt: skip
+    own = [path for path in (*study.interventions, *study.outcomes) if path != "rescale"]
+    as_outcomes(_own_outcomes(study.outcomes))
+    return {name: fields[name] for name in names} | {
+        "thresholds": study.detection_thresholds(), "functions": {path: own_function(path)[1] for path in own},
+    }  # fmt: skip
+
+
+def _own_outcomes(paths: Sequence[str]) -> list[Outcome]:
+    return [Outcome(path.split(":")[1], own_function(path)[0]) for path in paths]
+
+
+def _check_functions(settings: Mapping[str, Any]) -> None:
+    """Raises InputError on a worker that has another version of a user's function."""
+    for path, version in settings["functions"].items():
+        if own_function(path)[1] != version:
+            raise InputError(f"{path} is another version on this worker than where the sweep began: use one copy.")
 
 
 def cells_of(study: Study, question: Question, facts: Facts) -> list[Cell]:
@@ -187,10 +214,11 @@ def release_model() -> None:
     gc.collect()
 
 
-def ask(question: Question) -> Outcome:
+def ask(question: Question) -> Answer:
     """Load the model as it is now, and cut the prompts with its own tokenizer."""
 
     def answer() -> Facts:
+        _check_functions(question.settings)
         model = _hold(question.source, question.settings["device"], anew=True)
         if isinstance(question.prompts[0][1], str):
             prompts = PromptSet(tuple(Prompt(name, "text", str(text)) for name, text in question.prompts))
@@ -203,10 +231,11 @@ def ask(question: Question) -> Outcome:
     return _caught(answer, question.settings["threads"])
 
 
-def compute(cell: Cell) -> Outcome:
+def compute(cell: Cell) -> Answer:
     """Find the cell's sinks, run its edits, and answer with its file's bytes."""
 
     def answer() -> bytes:
+        _check_functions(cell.settings)
         device = cell.settings["device"]
         model = _hold(cell.source, device)
         if adapt(model).weights_hash != cell.weights:  # a worker that outlived a change of the model's folder
@@ -223,17 +252,17 @@ def compute(cell: Cell) -> Outcome:
     return _caught(answer, cell.settings["threads"])
 
 
-def _caught(answer: Callable[[], Any], threads: int) -> Outcome:
+def _caught(answer: Callable[[], Any], threads: int) -> Answer:
     """Every failure as text: an exception's class may be unknown, or not to be unpickled, in the other process."""
     with _one_at_a_time, _torch_threads(threads):
         try:
-            return Outcome(answer())
+            return Answer(answer())
         except SinkCircuitsError as error:
-            return Outcome(cause=str(error))
+            return Answer(cause=str(error))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             first = (str(error).strip().splitlines() or ["no message"])[0]
-            return Outcome(cause=f"{type(error).__name__}: {first} ({Path(place.filename).name}, line {place.lineno})")
+            return Answer(cause=f"{type(error).__name__}: {first} ({Path(place.filename).name}, line {place.lineno})")
 
 
 @contextmanager
@@ -254,7 +283,10 @@ def measured(model, cell: Cell) -> Effect:
     sinks = drawn(found, settings["kinds"], settings["sinks_per_prompt"], settings["seed"])
     own = {
         "cell": cell.name, "content": cell.content,
-        "edits": [{"edit": label, "layers": text, "factor": factor} for label, (text, _, factor) in edits.items()],
+        "edits": [
+            {"edit": label, "layers": text, "intervention": name, "factor": factor}
+            for label, (text, _, name, factor) in edits.items()
+        ],
     }  # fmt: skip
     if not len(sinks):
         manifest = Manifest.of(adapt(model), tokens, what="sweep", path=found.manifest.path, **own)
@@ -269,12 +301,14 @@ def measured(model, cell: Cell) -> Effect:
         )
 
     def edits_of(label: str, row: pd.Series) -> tuple[Edit, ...]:
-        _, layers, factor = edits[label]
+        _, layers, name, factor = edits[label]
         layers = (int(forming[row.name]),) if layers is None else layers
-        return tuple(rescale(layer, int(row.pos), factor) for layer in layers)
+        intervention = name if name == "rescale" else own_function(name)[0]
+        return tuple(dosed(intervention, layer, int(row.pos), factor, name) for layer in layers)
 
     return measure(
-        model, tokens, sinks, list(edits), edits_of, what="sweep", loss=settings["loss"], settings=own, **options
+        model, tokens, sinks, list(edits), edits_of, what="sweep", outcomes=_own_outcomes(settings["outcomes"]),
+        loss=settings["loss"], kl=settings["kl"], settings=own, **options,
     )  # fmt: skip
 
 
@@ -355,8 +389,8 @@ def _submitter(executor) -> Any:
     return executor.get_executor(pure=False) if hasattr(executor, "get_executor") else executor
 
 
-def _outcomes(submitter, function: Callable[[Any], Outcome], tasks: Sequence) -> Iterator[tuple[Any, Outcome]]:
-    """(task, outcome) as they come. A task whose worker died is given to another, `ATTEMPTS` times in all."""
+def _answers(submitter, function: Callable[[Any], Answer], tasks: Sequence) -> Iterator[tuple[Any, Answer]]:
+    """(task, answer) as they come. A task whose worker died is given to another, `ATTEMPTS` times in all."""
     waiting = deque(range(len(tasks)))
     running: dict[Any, int] = {}  # future -> index of its task
     lost: Counter[int] = Counter()
@@ -369,7 +403,7 @@ def _outcomes(submitter, function: Callable[[Any], Outcome], tasks: Sequence) ->
                 try:
                     running[submitter.submit(function, tasks[index])] = index
                 except Exception as error:  # a pool that has broken takes nothing any more
-                    yield tasks[index], Outcome(cause=_loss(error))
+                    yield tasks[index], Answer(cause=_loss(error))
             for future in _first_done(list(running)):
                 index = running.pop(future)
                 try:
@@ -380,7 +414,7 @@ def _outcomes(submitter, function: Callable[[Any], Outcome], tasks: Sequence) ->
                     if lost[index] < ATTEMPTS and type(error).__name__ != "KilledWorker":
                         waiting.append(index)
                         continue
-                    outcome = Outcome(cause=_loss(error))
+                    outcome = Answer(cause=_loss(error))
                 yield tasks[index], outcome
     finally:
         for future in running:
@@ -417,11 +451,11 @@ def sweep(study: Study, folder: str | Path, executor=None, *, verbose: bool = Tr
     any long work: for layers, prompts or models that do not fit, and a folder of another study.
     """
     folder, submitter = Path(folder), _submitter(executor)
-    prompts = study.prompts.read()
+    prompts, settings = study.prompts.read(), shared_settings(study)
     record = {"format": FORMAT, "study": study.to_dict(), "prompts": fingerprint(prompts)}
     with _claimed(folder, record):
         try:
-            cells = _planned(study, prompts, submitter)
+            cells = _planned(study, prompts, settings, submitter)
             _note_plan(folder, record, cells)
             _fill(folder, cells, submitter, verbose)
         finally:
@@ -442,7 +476,7 @@ def _claimed(folder: Path, record: Mapping) -> Iterator[None]:
         raise ResultError(f"another sweep is at work in {folder}: wait for it, or choose another folder.") from error
     try:
         if (folder / STUDY).exists():
-            _check_same(folder, _read_json(folder / STUDY), record)
+            _check_same(folder, read_json(folder / STUDY), record)
         elif any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ResultError(f"folder {folder} is not empty and holds no sweep: choose another folder.")
         else:
@@ -468,13 +502,12 @@ def _check_same(folder: Path, held: Mapping, record: Mapping) -> None:
         )
 
 
-def _planned(study: Study, prompts: tuple, submitter) -> list[Cell]:
+def _planned(study: Study, prompts: tuple, settings: Mapping[str, Any], submitter) -> list[Cell]:
     """All cells, model by model, so that a worker changes its model as seldom as can be. Raises what `sweep` raises."""
-    settings = shared_settings(study)
     texts = study.prompts
     questions = [Question(m, _source(m), prompts, texts.max_tokens, texts.chat, settings) for m in study.models]
     facts: dict[str, Facts] = {}
-    for question, outcome in _outcomes(submitter, ask, questions[::-1]):  # the first model last: it is held already
+    for question, outcome in _answers(submitter, ask, questions[::-1]):  # the first model last: it is held already
         if outcome.cause is not None:
             raise ModelError(f"{question.model}: {outcome.cause}")
         facts[question.model] = outcome.value
@@ -493,10 +526,11 @@ def _note_plan(folder: Path, record: Mapping, cells: Sequence[Cell]) -> None:
          "layers": ["forming"] if cell.layers is None else [layers_text(group) for group in cell.layers]}
         for cell in cells
     ]  # fmt: skip
-    held = _read_json(folder / STUDY).get("cells")
+    held = read_json(folder / STUDY).get("cells")
     if held is not None and held != plan:
         raise ResultError(
-            f"folder {folder} was begun with other weights or another tokenizer under the same name: choose another folder."
+            f"folder {folder} was begun with other weights, another tokenizer or other functions under the same name: choose "
+            "another folder."
         )
     _write_json(folder / STUDY, {**record, "cells": plan})
 
@@ -510,9 +544,9 @@ def _fill(folder: Path, cells: Sequence[Cell], submitter, verbose: bool) -> None
     )  # fmt: skip
     with bar:
         bar.set_postfix(failed=0)
-        for cell, outcome in _outcomes(submitter, compute, missing):
+        for cell, outcome in _answers(submitter, compute, missing):
             if outcome.cause is None:
-                _write_bytes(_cell_path(folder, cell.name), outcome.value)
+                _write_bytes(cell_path(folder, cell.name), outcome.value)
             else:
                 failures[cell.name] = outcome.cause
                 _write_json(folder / FAILURES, failures)
@@ -527,22 +561,6 @@ def _described(cell: Cell) -> str:
     return f"{cell.model}, prompt {cell.prompt}, layers {layers} (cell {cell.name[:8]})"
 
 
-def _cell_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
-
-
-def read_cell(folder: str | Path, name: str) -> Effect | None:
-    """The cell's result; None where there is none, a damaged one, or another's under this name."""
-    path = _cell_path(Path(folder), name)
-    if not path.is_file():
-        return None
-    try:
-        effect = Effect.load(path)
-    except (ResultError, ValueError):
-        return None
-    return effect if effect.manifest.settings.get("cell") == name else None
-
-
 def _write_json(path: Path, content: Mapping) -> None:
     _write_bytes(path, json.dumps(content, indent=1).encode())
 
@@ -552,160 +570,3 @@ def _write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
     write_whole(path, write, overwrite=True)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise ResultError(
-            f"{path} cannot be read ({error}): it was not written by a sweep; choose another folder."
-        ) from error
-    return content
-
-
-# ----------------------------------------------------------------------------------------------------- results
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep's folder holds.
-
-    `cells`: one row per cell: cell (its name), model, weights, prompt, layers, state ("done", "failed", "missing"),
-    n_sinks, cause. `table`: one row per sink, edit and outcome: model, prompt, pos, token_id, token, kind, l_start,
-    l_end, layers ("6+7", or "forming"), first_layer and last_layer edited, factor, outcome, and its mean over heads and
-    the layers that read the sink above the edit: clean, edited, effect (NaN where there are none).
-    """
-
-    study: Study
-    folder: Path
-    cells: pd.DataFrame
-    table: pd.DataFrame
-
-    @property
-    def failed(self) -> pd.DataFrame:
-        """The cells that failed, with their causes."""
-        return self.cells[self.cells["state"] == "failed"].reset_index(drop=True)
-
-    @property
-    def complete(self) -> bool:
-        return bool((self.cells["state"] == "done").all())
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Long format, one row per sink, edit and outcome; a copy of `table`."""
-        return self.table.copy()
-
-    def effect(self, cell: str) -> Effect:
-        """All that was measured in one cell, by layer and head. Raises ResultError where it is not done."""
-        if (effect := read_cell(self.folder, cell)) is None:
-            raise ResultError(f"cell {cell} is not done in {self.folder}: `cells` lists those that are.")
-        return effect
-
-    def summary(self, outcomes: Sequence[str] | None = None, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per model, layers, factor and outcome: means over prompts, the effect with its bootstrap interval.
-
-        Columns as in `Effect.summary`: clean, edited, effect, low, high, n_prompts, n_sinks. `outcomes`: only these.
-        Raises InputError for one that was not measured.
-        """
-        known = [*OUTCOMES, *(["loss"] if self.study.loss else [])]
-        if unknown := [name for name in outcomes or () if name not in known]:
-            raise InputError(f"outcome {unknown[0]!r} was not measured: there are {', '.join(known)}.")
-        table = self.table[self.table["outcome"].isin(list(known if outcomes is None else outcomes))]
-        rows = []
-
-        def place(keys) -> tuple:
-            model, layers, factor, outcome = keys
-            return self.study.models.index(model), _by_layer(layers), factor, known.index(outcome)
-
-        groups = table.groupby(list(_SUMMARY[:4]), sort=False)
-        for keys, group in sorted(groups, key=lambda pair: place(pair[0])):
-            name = "/".join(map(str, (self.study.seed, "sweep", *keys)))
-            estimate = statistics.bootstrap_over_prompts(
-                group["effect"], group["prompt"], name=name, confidence=confidence
-            )
-            clean = statistics.prompt_means(group["clean"].where(group["effect"].notna()), group["prompt"])
-            mean = float(clean.mean()) if len(clean) else np.nan
-            rows.append(
-                dict(zip(_SUMMARY[:4], keys, strict=True))
-                | {
-                    "clean": mean, "edited": mean + estimate.mean, "effect": estimate.mean, "low": estimate.low,
-                    "high": estimate.high, "n_prompts": estimate.n, "n_sinks": int(group["effect"].notna().sum()),
-                }
-            )  # fmt: skip
-        return pd.DataFrame(rows, columns=list(_SUMMARY))
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """The long table as .parquet or .csv, whole or not at all; the folder itself is what `load_sweep` reads.
-
-        Raises InputError for another ending, ResultError when it cannot be written.
-        """
-        path = Path(path)
-        if path.suffix not in (".parquet", ".csv"):
-            raise InputError(f"{path} has no known ending: use .parquet or .csv.")
-        frame = self.to_dataframe()
-        frame.attrs = {"sink_circuits": json.dumps({"study": self.study.to_dict()})}
-        writer = (
-            frame.to_parquet if path.suffix == ".parquet" else lambda temporary: frame.to_csv(temporary, index=False)
-        )
-        write_whole(path, writer, overwrite=overwrite)
-
-    def __repr__(self) -> str:
-        states = ", ".join(f"{n} {state}" for state, n in self.cells["state"].value_counts().items()) or "not planned"
-        sinks = self.table[["model", "prompt", "pos", "l_start"]].drop_duplicates()
-        return f"SweepResult({self.folder}: cells {states}; {len(sinks)} sinks in {len(self.study.models)} models)"
-
-
-_TABLE = {
-    "model": "object", "prompt": "object", "pos": "int64", "token_id": "int64", "token": "object", "kind": "object",
-    "l_start": "int64", "l_end": "int64", "layers": "object", "first_layer": "int64", "last_layer": "int64",
-    "factor": "float64", "outcome": "object", "clean": "float64", "edited": "float64", "effect": "float64",
-}  # fmt: skip
-
-
-_SUMMARY = (
-    "model", "layers", "factor", "outcome", "clean", "edited", "effect", "low", "high", "n_prompts", "n_sinks",
-)  # fmt: skip
-
-
-def load_sweep(folder: str | Path) -> SweepResult:
-    """What the sweep in `folder` has computed so far. Raises ResultError for a folder without a sweep."""
-    folder = Path(folder)
-    record = _read_json(folder / STUDY)
-    if record.get("format") != FORMAT:
-        raise ResultError(
-            f"{folder} has format {record.get('format')}, this version reads {FORMAT}: use the version that wrote it."
-        )
-    failures = _read_json(folder / FAILURES) if (folder / FAILURES).exists() else {}
-    cells, frames = [], []
-    for plan in record.get("cells", []):
-        effect = read_cell(folder, plan["cell"])
-        state = "done" if effect is not None else "failed" if plan["cell"] in failures else "missing"
-        row = {**plan, "layers": ", ".join(plan["layers"]), "state": state}
-        cells.append(
-            {**row, "n_sinks": 0 if effect is None else len(effect.table), "cause": failures.get(plan["cell"], "")}
-        )
-        if effect is not None and len(effect.table):
-            frames.append(_rows(effect, plan["model"]))
-    columns = ["cell", "model", "weights", "prompt", "layers", "state", "n_sinks", "cause"]
-    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_TABLE))
-    return SweepResult(Study(**record["study"]), folder, pd.DataFrame(cells, columns=columns), table.astype(_TABLE))
-
-
-def _rows(effect: Effect, model: str) -> pd.DataFrame:
-    """The long table of one cell, in the columns of `_TABLE`."""
-    n_sinks, edits = len(effect.table), effect.manifest.settings["edits"]
-    sinks = effect.table[["prompt", "pos", "token_id", "token", "kind", "l_start", "l_end"]]
-    frame = sinks.loc[sinks.index.repeat(len(edits))].reset_index(drop=True)
-    frame["model"] = model
-    for name in ("layers", "factor"):
-        frame[name] = [edit[name] for edit in edits] * n_sinks
-    for name, source in (("first_layer", "first_layer"), ("last_layer", "last_edited")):
-        frame[name] = effect.data[source].transpose("sink", "edit").to_numpy().ravel()
-    frames = []
-    for outcome in (*OUTCOMES, *(["loss"] if "loss" in effect.data else [])):
-        values = {
-            what: effect.over_lifetime(outcome, what).transpose("sink", "edit").to_numpy().ravel()
-            for what in ("clean", "edited", "effect")
-        }
-        frames.append(frame.assign(outcome=outcome, **values))
-    return pd.concat(frames, ignore_index=True)[list(_TABLE)]

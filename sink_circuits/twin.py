@@ -36,13 +36,20 @@ class Tap:
     sums: bool = False
     prefix: tuple[Tensor, Tensor] | None = None
     edit: Callable[[Tensor], Tensor] | None = None
+    holds: Mapping[str, Callable[[Tensor, int], Tensor]] = field(default_factory=dict)
+    groups: Float[Tensor, "row key group"] | None = None
     form: AttentionForm | None = None
     key: Tensor | None = None
     value: Tensor | None = None
     attention: AttentionSums | None = None
+    grouped: Float[Tensor, "batch query head group"] | None = None
     base: Tensor | None = None
     contribution: Tensor | None = None
     attn_out: Tensor | None = None
+
+    def held(self, what: str, activation: Tensor, position_axis: int) -> Tensor:
+        """The activation, with clean values where some row of the batch holds it."""
+        return self.holds[what](activation, position_axis) if what in self.holds else activation
 
     def clear(self) -> None:
         """Let everything go: a tap holds tensors only while its block's pass is looked at."""
@@ -58,14 +65,23 @@ def attention_forward(
     if attention_mask is not None:
         raise TwinRefused("the model builds an attention mask of its own")
     tap: Tap = module.sink_circuits_tap  # type: ignore[assignment]  # put there by Twin
+    # Behind the rotary embedding, which is the same for all rows: as good as before it.
+    query, key, value = (tap.held(what, x, 2) for what, x in (("q", query), ("k", key), ("v", value)))
     if tap.prefix is not None:
         key = torch.cat([tap.prefix[0].expand(len(key), -1, -1, -1), key], dim=2)
         value = torch.cat([tap.prefix[1].expand(len(value), -1, -1, -1), value], dim=2)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tap.form = AttentionForm(float(scaling), sliding_window, softcap, s_aux)
     tap.key, tap.value = key, value
-    out, tap.attention = streamed_attention(query, key, value, tap.form, chosen=tap.chosen, sums=tap.sums)
-    return out, None
+    if tap.groups is None:
+        out, tap.attention = streamed_attention(query, key, value, tap.form, chosen=tap.chosen, sums=tap.sums)
+        return out, None
+    # A value that is 1 for the keys of a group and 0 for the others comes out as the weight that the group was given.
+    indicators = tap.groups[:, None].expand(len(value), value.shape[1], -1, -1).float()
+    values = torch.cat([value.float(), indicators], dim=-1)
+    out, tap.attention = streamed_attention(query.float(), key, values, tap.form, chosen=tap.chosen, sums=tap.sums)
+    out, tap.grouped = out.split([value.shape[-1], indicators.shape[-1]], dim=-1)
+    return out.to(query.dtype), None
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
@@ -157,7 +173,7 @@ class Twin:
             block.get_submodule(attn_name).sink_circuits_tap = tap  # type: ignore[assignment]  # plain state, not a module
             if not self.parallel:
                 self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
-            self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _keep(tap, "attn_out", out))
+            self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _attend(tap, out))
             self.contributions[index].register_forward_hook(lambda m, args, out, tap=tap: _contribute(tap, out))
 
     def block_inputs(self, tokens: Int[Tensor, " pos"]) -> BlockInputs:
@@ -179,20 +195,24 @@ class Twin:
         self, resid: Float[Tensor, "batch pos d_model"], inputs: BlockInputs, layers: range, *, start: int = 0,
         prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None, chosen: Tensor | None = None, sums: bool = False,
         edits: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        holds: Mapping[int, Mapping[str, Callable[[Tensor, int], Tensor]]] | None = None, groups: Tensor | None = None,
     ) -> Iterator[BlockRun]:  # fmt: skip
         """Run `layers` one after the other from the residual stream `resid`, whose first position is `start`.
 
         `prefix(layer)` gives the keys and values of the positions before `start`. `edits[layer]` maps that block's
-        contribution [batch, pos, d_model] to another. Each block's tap is valid until the next block is asked for.
+        contribution [batch, pos, d_model] to another. `holds[layer]` maps activations to what stands in their place
+        (`sink_circuits.holds`). `groups` [1 or batch, key, group]: weights of every key, whose sums over each query's
+        attention the tap's `grouped` holds. Each block's tap is valid until the next block is asked for.
         """
-        edits = edits or {}
+        edits, holds = edits or {}, holds or {}
         for layer in layers:
             tap = self.taps[layer]
             tap.chosen, tap.sums, tap.edit = chosen, sums, edits.get(layer)
+            tap.holds, tap.groups = holds.get(layer, {}), groups
             tap.prefix = prefix(layer) if prefix is not None and start else None
             resid_pre = resid
             out = self.blocks[layer](resid, **inputs.suffix(layer, start))
-            resid = out[0] if isinstance(out, tuple) else out
+            resid = tap.held("resid_post", _first(out), 1)
             if self.parallel:
                 tap.base = resid_pre + tap.attn_out
             yield BlockRun(layer, resid, tap)
@@ -265,14 +285,22 @@ def _keep(tap: Tap, name: str, value) -> None:
     setattr(tap, name, _first(value))
 
 
+def _attend(tap: Tap, out):
+    tap.attn_out = tap.held("attn_out", _first(out), 1)
+    return _replaced(out, tap.attn_out)
+
+
 def _contribute(tap: Tap, out):
-    contribution = _first(out)
-    if tap.edit is not None:
-        contribution = tap.edit(contribution)
-    tap.contribution = contribution
-    if tap.edit is None:
+    contribution = tap.held("mlp_out", _first(out), 1)
+    tap.contribution = contribution if tap.edit is None else tap.edit(contribution)
+    return _replaced(out, tap.contribution)
+
+
+def _replaced(out, value: Tensor):
+    """What a forward hook returns: None where the value is the module's own."""
+    if value is _first(out):
         return None
-    return (contribution, *out[1:]) if isinstance(out, tuple) else contribution
+    return (value, *out[1:]) if isinstance(out, tuple) else value
 
 
 @contextmanager

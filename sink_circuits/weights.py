@@ -106,6 +106,11 @@ def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
+def cached_folder(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where the folder of a bundled model stands once it is made."""
+    return cache_root(cache_dir) / "models" / REGISTRY[name].gguf_sha256[:16]
+
+
 def fetch(name: str, cache_dir: str | os.PathLike | None = None, verbose: bool = True) -> Path:
     """The folder of a bundled model, downloaded and converted if it is not in the cache yet.
 
@@ -155,6 +160,15 @@ def is_complete(folder: Path, gguf_sha256: str) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def gguf_sha256_of(folder: Path) -> str:
+    """The SHA-256 of the GGUF file that ``folder`` was made from here; empty for every other folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest["gguf_sha256"]) if manifest["format"] == FORMAT else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def assemble(model: BundledModel, work: Path, verbose: bool = True) -> Path:

@@ -5,7 +5,7 @@ It imports nothing of the project and nothing of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ class Run(NamedTuple):
     pattern: Tensor  # [layer, head, query, key]
     contributions: Tensor  # what each MLP really added, after the edit [layer, pos, d_model]
     logits: Tensor  # [pos, d_vocab]
+    parts: dict[
+        tuple[str, int], Tensor
+    ]  # (name, layer) -> q, k, v before rotation [head, pos, d_head]; others [pos, d_model]
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -34,53 +37,154 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
+def layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {
+        name.removeprefix(prefix).removesuffix(".weight"): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def mlp(w: Mapping[str, Tensor], x: Tensor, eps: float) -> Tensor:
+    """What the MLP adds to the residual stream x."""
+    normed = rms_norm(x, w["post_attention_layernorm"], eps)
+    gate = torch.nn.functional.silu(normed @ w["mlp.gate_proj"].T)
+    return (gate * (normed @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
+
+
 def forward(
-    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit] | None = None
-) -> Run:
-    """Run tokens [pos]; `edits[layer, pos]` scales (or replaces by a function of it) that MLP contribution."""
+    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit] | None = None,
+    clean: Run | None = None, held: Collection[tuple[str, int, int]] = (),
+) -> Run:  # fmt: skip
+    """Run tokens [pos]; `edits[layer, pos]` scales (or replaces by a function of it) that MLP contribution.
+
+    `held`: (name, layer, pos) of what is taken from the run `clean` instead: "q", "k", "v", "attn_out", "mlp_out" (which
+    is then edited) or "resid_post".
+    """
     edits = dict(edits or {})
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
     n_heads, n_kv, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
     n_pos = len(tokens)
     hidden = torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1)
+    parts: dict[tuple[str, int], Tensor] = {}
+
+    def part(name: str, layer: int, x: Tensor) -> Tensor:
+        positions = [pos for what, at, pos in held if (what, at) == (name, layer)]
+        if positions:
+            x = x.clone()
+            x[..., positions, :] = clean.parts[name, layer][..., positions, :]
+        parts[name, layer] = x.clone()
+        return x
 
     x = weights["model.embed_tokens.weight"][tokens]
     residuals, patterns, contributions = [], [], []
     for layer in range(config.num_hidden_layers):
-        w = {
-            name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): tensor
-            for name, tensor in weights.items()
-            if name.startswith(f"model.layers.{layer}.")
-        }
+        w = layer_weights(weights, layer)
         normed = rms_norm(x, w["input_layernorm"], eps)
 
         def heads(name: str, n: int) -> Tensor:
-            return (normed @ w[f"self_attn.{name}"].T).reshape(n_pos, n, d_head).transpose(0, 1)  # noqa: B023
+            projected = (normed @ w[f"self_attn.{name}_proj"].T).reshape(n_pos, n, d_head).transpose(0, 1)  # noqa: B023
+            return part(name, layer, projected)  # noqa: B023
 
-        query = rotate(heads("q_proj", n_heads), theta)  # [head, pos, d_head]
-        key = rotate(heads("k_proj", n_kv), theta).repeat_interleave(n_heads // n_kv, dim=0)
-        value = heads("v_proj", n_kv).repeat_interleave(n_heads // n_kv, dim=0)
+        query = rotate(heads("q", n_heads), theta)  # [head, pos, d_head]
+        key = rotate(heads("k", n_kv), theta).repeat_interleave(n_heads // n_kv, dim=0)
+        value = heads("v", n_kv).repeat_interleave(n_heads // n_kv, dim=0)
         scores = (query @ key.transpose(1, 2) / d_head**0.5).masked_fill(hidden, -torch.inf)
         pattern = scores.softmax(-1)
         attended = (pattern @ value).transpose(0, 1).reshape(n_pos, -1)
-        x = x + attended @ w["self_attn.o_proj"].T
+        x = x + part("attn_out", layer, attended @ w["self_attn.o_proj"].T)
 
-        normed = rms_norm(x, w["post_attention_layernorm"], eps)
-        gate = torch.nn.functional.silu(normed @ w["mlp.gate_proj"].T)
-        contribution = (gate * (normed @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
+        contribution = part("mlp_out", layer, mlp(w, x, eps))
         for pos in range(n_pos):
             edit = edits.pop((layer, pos), None)
             if edit is not None:
                 contribution[pos] = edit(contribution[pos]) if callable(edit) else edit * contribution[pos]
-        x = x + contribution
+        x = part("resid_post", layer, x + contribution)
         residuals.append(x)
         patterns.append(pattern)
         contributions.append(contribution)
     if edits:
         raise ValueError(f"edits outside the run: {sorted(edits)}")
     logits = rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
-    return Run(torch.stack(residuals), torch.stack(patterns), torch.stack(contributions), logits)
+    return Run(torch.stack(residuals), torch.stack(patterns), torch.stack(contributions), logits, parts)
+
+
+def patterns_of(state_dict: Mapping[str, Tensor], config: Any, embed: Tensor, residuals: Tensor) -> Tensor:
+    """The patterns [layer, head, query, key] that these residual streams [layer, pos, d_model] give, block by block.
+
+    Nothing is handed from block to block: each reads the stream behind the one before, the first the embedding [pos, d_model].
+    """
+    weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
+    n_heads, n_kv, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    n_pos = embed.shape[0]
+    hidden = torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1)
+    patterns = []
+    for layer, x in enumerate([embed, *residuals[:-1]]):
+        w = layer_weights(weights, layer)
+        normed = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)
+        query, key = (
+            rotate((normed @ w[f"self_attn.{name}_proj"].T).reshape(n_pos, -1, d_head).transpose(0, 1),
+                   config.rope_parameters["rope_theta"])
+            for name in "qk"
+        )  # fmt: skip
+        scores = query @ key.repeat_interleave(n_heads // n_kv, dim=0).transpose(1, 2) / d_head**0.5
+        patterns.append(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+    return torch.stack(patterns)
+
+
+def residual_only(
+    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit]
+) -> Tensor:
+    """Patterns [layer, head, query, key] where an edit acts through the residual stream alone.
+
+    Behind an edited MLP the edited position's stream is the clean one plus what the edit changes of the clean
+    contribution; all else is clean.
+    """
+    clean = forward(state_dict, config, tokens)
+    residuals = clean.residuals.clone()
+    for (layer, pos), edit in edits.items():
+        before = clean.contributions[layer, pos]
+        residuals[layer:, pos] += (edit(before) if callable(edit) else edit * before) - before
+    return patterns_of(state_dict, config, _embed(state_dict, tokens), residuals)
+
+
+def own_stream(
+    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit], pos: int
+) -> Tensor:
+    """Patterns where position `pos` alone is run again, one vector through all blocks; all others keep their clean streams."""
+    clean = forward(state_dict, config, tokens)
+    weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
+    n_heads, n_kv, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
+    residuals, embed = clean.residuals.clone(), _embed(state_dict, tokens)
+    x = embed[pos]
+    for layer in range(config.num_hidden_layers):
+        w = layer_weights(weights, layer)
+        normed = rms_norm(x, w["input_layernorm"], eps)
+        own = {name: (normed @ w[f"self_attn.{name}_proj"].T).reshape(-1, d_head) for name in "qkv"}
+        keys, values = (clean.parts[name, layer][:, : pos + 1].clone() for name in "kv")  # [key head, pos, d_head]
+        keys[:, pos], values[:, pos] = own["k"], own["v"]
+        queries = torch.zeros(n_heads, pos + 1, d_head, dtype=x.dtype)
+        queries[:, pos] = own["q"]
+        attended = []
+        for head in range(n_heads):
+            key_head = head // (n_heads // n_kv)
+            query = rotate(queries[head][None], theta)[0, pos]
+            weights_of_keys = (rotate(keys[key_head][None], theta)[0] @ query / d_head**0.5).softmax(-1)
+            attended.append(weights_of_keys @ values[key_head])
+        x = x + torch.cat(attended) @ w["self_attn.o_proj"].T
+        contribution = mlp(w, x, eps)
+        if (edit := edits.get((layer, pos))) is not None:
+            contribution = edit(contribution) if callable(edit) else edit * contribution
+        x = x + contribution
+        residuals[layer, pos] = x
+    return patterns_of(state_dict, config, embed, residuals)
+
+
+def _embed(state_dict: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    return state_dict["model.embed_tokens.weight"].detach().double()[tokens]
 
 
 def sink_scores(pattern: Tensor) -> Tensor:

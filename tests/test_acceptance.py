@@ -130,7 +130,10 @@ def test_one_value_serves_where_several_may_stand():
             lambda s: sc.find_sinks(lens(), prompt(), clean_cache=(1, 2)),
             "clean_cache is a tuple: pass the cache itself",
         ),
-        (lambda s: sc.ablate(lens(), prompt(), s, layer=6, verbose=False).over_lifetime("norm"), "no heads to average"),
+        (
+            lambda s: sc.ablate(lens(), prompt(), s, layer=6, verbose=False).over_lifetime("norm"),
+            "a manipulation check",
+        ),
     ],
 )
 def test_slips_end_in_a_sentence(call, sentence):

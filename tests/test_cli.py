@@ -1,14 +1,18 @@
 """The command line, run as a user runs it: real processes for what must be light, `main` for the rest."""
 
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
 
-from sink_circuits import Effect, Sinks, planted, records
-from sink_circuits.cli import COMMANDS, main
+from sink_circuits import Effect, Sinks, Thresholds, planted, records
+from sink_circuits.cli import COMMANDS, Criteria, main
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,48 @@ def test_map_ablate_and_dose(model, tmp_path, capsys):
     assert "log_odds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "thresholds", "found"),
+    [
+        (["--cosine", "0.999", "--norm-ratio", "2"], {"cosine": 0.999, "norm_ratio": 2.0}, [(0, "primary")]),
+        (["--min-lifetime", "8", "--bridge", "3"], {"min_lifetime": 8, "bridge": 3}, [(0, "primary")]),
+        (["--min-queries", "70"], {"min_queries": 70, "min_lifetime": 2}, [(0, "primary"), (30, "secondary")]),
+        (["--first-positions", "30"], {"first_positions": [30]}, [(0, "primary-like"), (30, "primary")]),
+    ],
+)  # fmt: skip
+def test_thresholds_are_passed_on_and_recorded(model, tmp_path, options, thresholds, found):
+    folder, texts = model
+    out = tmp_path / "sinks.parquet"
+    assert main(["detect", folder, *texts, "--n-prompts", "1", *options, "--out", str(out)]) == 0
+    sinks = Sinks.load(out)
+    assert list(zip(sinks.table.pos, sinks.table.kind, strict=True)) == found
+    recorded = sinks.manifest.settings["thresholds"]
+    assert {name: recorded[name] for name in thresholds} == thresholds
+    if "min_queries" in thresholds:  # 65 queries come after position 30
+        assert sinks.table.set_index("pos").score.isna().to_dict() == {0: False, 30: True}
+
+
+def test_experiments_use_the_thresholds_and_record_them(model, tmp_path, capsys):
+    folder, texts = model
+    out = tmp_path / "map.safetensors"
+    given = ["--n-prompts", "1", "--min-queries", "64", "--min-lifetime", "3", "--layers", "6"]
+    assert main(["map", folder, *texts, *given, "--out", str(out)]) == 0
+    settings = Effect.load(out).manifest.settings
+    assert settings["min_queries"] == settings["found"]["thresholds"]["min_queries"] == 64
+    assert settings["found"]["thresholds"]["min_lifetime"] == 3
+    for command in (["dose", "--layers", "6"], ["demo", "--folder", str(tmp_path / "d")]):
+        assert main([command[0], folder, *texts, *command[1:], "--n-prompts", "1", "--min-lifetime", "8"]) == 2
+        assert "no sinks of kind secondary" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists(), "a demo without sinks left files behind"
+
+
+def test_help_states_the_thresholds_own_defaults():
+    hints = get_type_hints(Criteria, include_extras=True)
+    for name in ("cosine", "norm_ratio", "min_lifetime", "bridge", "min_queries"):
+        shown = hints[name].__metadata__[0].help_behavior_hint
+        assert shown == f"(default: {getattr(Thresholds(), name)})"
+
+
 def test_demo_writes_its_results_and_the_report(model, tmp_path):
     folder, texts = model
     out = tmp_path / "demo"
@@ -124,30 +170,83 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
         (["detect", "MODEL", "TEXTS", "--out", "x.xlsx"], r"x\.xlsx has no known ending"),
         (["detect", "MODEL", "TEXTS", "--out", "x.jsonl"], "add --method official"),
         (["map", "MODEL", "TEXTS", "--layers", "24"], r"layer 24 is out of range.*0\.\.23"),
-        (["map", "MODEL", "TEXTS", "--layers", "-1"], "layer -1 is out of range"),
-        (["ablate", "MODEL", "TEXTS", "--layers", "3", "3"], "name each layer once"),
-        (["dose", "MODEL", "TEXTS", "--factors", "-1"], "factor -1.0 is not allowed"),
-        (["dose", "MODEL", "TEXTS", "--factors", "nan"], "factor nan is not allowed"),
-        (["dose", "MODEL", "TEXTS", "--factors", "inf"], "factor inf is not allowed"),
-        (["dose", "MODEL", "TEXTS", "--factors", "1", "1"], "give each once"),
         (["map", "MODEL", "TEXTS", "--kinds", "primary-like"], "no sinks of kind primary-like"),
+        (["detect", "MODEL", "TEXTS", "--first-positions", "96"], r"'p0' has 96 tokens, and no first position"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(model, arguments, sentence, capsys, monkeypatch, tmp_path):
-    import re
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder, texts = model
     filled = []
     for word in arguments:
         filled += [folder] if word == "MODEL" else texts if word == "TEXTS" else [word]
-    assert main(filled) == 2
+    refused(filled, sentence, capsys)
+    assert not list(tmp_path.iterdir()), "a refused command left files behind"
+
+
+def refused(arguments, sentence, capsys):
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error), error
     assert "Traceback" not in error
     assert len([line for line in error.splitlines() if line.startswith("sink-circuits:")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["map", "--layers", "-1"], "layer -1 is out of range.*from 0"),
+        (["ablate", "--layers", "3", "3"], "layers 3 3.*name each layer once"),
+        (["dose", "--layers", "2", "-2"], "layer -2 is out of range"),
+        (["dose", "--factors", "-1"], r"factor -1\.0 is not allowed"),
+        (["dose", "--factors", "nan"], "factor nan is not allowed"),
+        (["dose", "--factors", "inf"], "factor inf is not allowed"),
+        (["dose", "--factors", "1", "1"], r"factors 1\.0 1\.0.*give each once"),
+        (["dose", "--factors"], "give each once, and at least one"),
+        (["detect", "--cosine", "2"], r"cosine = 2\.0 is out of range: -1\.0 to 1\.0"),
+        (["map", "--cosine", "nan"], "cosine = nan is out of range"),
+        (["demo", "--cosine", "-1.5"], r"cosine = -1\.5 is out of range"),
+        (["ablate", "--norm-ratio", "-1"], r"norm_ratio = -1\.0 is out of range"),
+        (["detect", "--norm-ratio", "nan"], "norm_ratio = nan is out of range"),
+        (["detect", "--norm-ratio", "inf"], "norm_ratio = inf is not finite"),
+        (["dose", "--min-lifetime", "0"], "min_lifetime = 0 is out of range: 1"),
+        (["map", "--bridge", "-1"], "bridge = -1 is out of range: 0"),
+        (["map", "--min-queries", "0"], "min_queries = 0 is out of range: 1"),
+        (["demo", "--first-positions", "-1"], r"first_positions = \(-1,\)"),
+        (["detect", "--first-positions", "1", "1"], r"first_positions = \(1, 1\).*each once"),
+        (["map", "--max-sinks", "0"], "max_sinks = 0: at least 1"),
+        (["demo", "--max-sinks", "-2"], "max_sinks = -2: at least 1"),
+        (["map", "--kinds"], "no kinds of sink"),
+        (["map", "--max-tokens", "0"], "max_tokens = 0: at least 1"),
+        (["demo", "--n-prompts", "-3"], "n = -3 prompts asked for: at least 1"),
+        (["detect", "--prompts", "nofile.txt"], r"prompt file nofile\.txt does not exist: check the path"),
+        (["map", "--prompts", "some/nofile.jsonl"], r"prompt file some/nofile\.jsonl does not exist"),
+        (["demo", "--prompts", "."], "is a folder: name a file in it"),
+        (["map", "--prompts", "poetry"], "poetry.*maths"),
+        (["dose", "--out", "x.xlsx"], r"x\.xlsx has no known ending: use one of \.safetensors"),
+        (["map", "--figure", "x.gif"], r"x\.gif has no known ending: use one of \.html"),
+        (["map", "--figure", "x"], "x has no known ending"),
+        (["detect", "--method", "official", "--cosine", "0.9"], "threshold cosine = 0.9 does not belong to official"),
+        (["detect", "--method", "official", "--norm-ratio", "3"], "threshold norm_ratio = 3.0 does not belong"),
+        (["detect", "--method", "official", "--bridge", "0"], "threshold bridge = 0 does not belong"),
+        (["sweep", "no-study.toml"], r"study no-study\.toml cannot be read"),
+        (["sweep", "no-study.toml", "--workers", "-1"], "workers -1: at least 0"),
+    ],
+)
+def test_what_can_be_told_before_the_model_is_loaded_is_told_before(arguments, sentence, capsys, monkeypatch, tmp_path):
+    """The model does not exist: whoever tries to load it says so, and not what is wrong with the options."""
+    monkeypatch.chdir(tmp_path)
+    name = [] if arguments[0] == "sweep" else ["no-such-model"]
+    refused([arguments[0], *name, *arguments[1:]], sentence, capsys)
     assert not list(tmp_path.iterdir()), "a refused command left files behind"
+
+
+def test_layers_are_checked_against_the_configuration_before_the_weights_are_read(model, tmp_path, capsys):
+    folder, texts = model
+    shutil.copy(f"{folder}/config.json", tmp_path)  # and no weights, so that a load fails
+    refused(["map", str(tmp_path), *texts, "--layers", "3", "24"], r"layer 24 is out of range.*0\.\.23", capsys)
+    refused(["map", str(tmp_path), *texts, "--layers", "23"], "could not be loaded", capsys)
 
 
 def test_an_existing_result_is_kept(model, tmp_path, capsys):
@@ -166,3 +265,44 @@ def test_a_folder_that_cannot_be_made_is_told_before_any_work(model, tmp_path, c
     blocked.write_text("")
     assert main(["detect", "no-such-model", "--out", str(blocked / "sub" / "x.csv")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_interrupted_demo_keeps_what_it_has(model, tmp_path, capsys, monkeypatch):
+    """Ctrl-C, a real signal, as soon as the layer map is on disk; results of an earlier run are not mixed in."""
+    folder, texts = model
+    out = tmp_path / "demo"
+    out.mkdir()
+    stale = ("layer_map.safetensors", "ablation.safetensors", "report.html")
+    for name in (*stale, "notes.txt"):
+        (out / name).write_text("of an earlier run")
+    save = Effect.save
+
+    def save_and_interrupt(effect, path, **options):
+        save(effect, path, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Effect, "save", save_and_interrupt)
+    assert main(["demo", folder, *texts, "--folder", str(out), "--overwrite"]) == 130
+    error = capsys.readouterr().err
+    kept = {path.name for path in out.iterdir()} - {"notes.txt"}
+    assert {"sinks.parquet", "layer_map.safetensors"} <= kept
+    assert "report.html" not in kept, "the report of an earlier run stands beside new results"
+    assert "interrupted" in error and str(out) in error
+    assert all(name in error for name in kept), error
+    assert len(Sinks.load(out / "sinks.parquet")) == 6
+    assert Effect.load(out / "layer_map.safetensors").forming().tolist() == [6] * 3
+
+
+def test_check_says_what_holds_and_which_path_serves(model, capsys):
+    assert main(["check", model[0], "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "Execution path: fast" in said
+    assert "a no-op is an unedited row, bit for bit" in said
+    assert "FAILED" not in said
+
+
+def test_claims_and_controls_need_sensible_counts(model, capsys):
+    folder, texts = model
+    assert main(["claims", folder, *texts, "--n-random", "0"]) == 2
+    assert main(["ablate", folder, *texts, "--n-random", "-1"]) == 2
+    assert capsys.readouterr().err.count("n_random") == 2

@@ -153,6 +153,16 @@ def test_padded_batches_and_caches_give_the_same_sinks():
         ({"neighbours": 0}, "threshold neighbours = 0"),
         ({"first_positions": ()}, r"first_positions = \(\): name at least one"),
         ({"first_positions": (-1,)}, r"first_positions = \(-1,\)"),
+        ({"first_positions": (0, 0)}, r"first_positions = \(0, 0\).*name each once"),
+        ({"first_positions": (0.5,)}, r"first_positions = \(0\.5,\)"),
+        ({"first_positions": 3}, "first_positions = 3: .*several"),
+        ({"first_positions": (9999,)}, r"'prompt-0' has 96 tokens, and no first position \(9999\) lies in it"),
+        ({"first_positions": (96, 97), "method": "official"}, r"no first position \(96, 97\) lies in it"),
+        ({"norm_ratio": math.inf}, "threshold norm_ratio = inf is not finite"),
+        ({"min_lifetime": 2.5}, r"threshold min_lifetime = 2\.5 is not a whole number"),
+        ({"method": "official", "cosine": 0.9}, "threshold cosine = 0.9 does not belong to official.*leave it out"),
+        ({"method": "official", "norm_ratio": 2.5}, "threshold norm_ratio = 2.5 does not belong"),
+        ({"method": "official", "thresholds": sc.Thresholds(bridge=0)}, "threshold bridge = 0 does not belong"),
         ({"path": "slow"}, "path 'slow' is unknown"),
     ],
 )
@@ -160,6 +170,26 @@ def test_bad_arguments_are_refused_before_anything_runs(options, message):
     sc.adapt(lens())
     with no_forward_pass(), pytest.raises(InputError, match=message):
         sc.find_sinks(lens(), prompt(), **options)
+
+
+def test_a_text_without_any_first_position_is_named():
+    texts = [prompt(), prompt()[:50]]
+    assert len(sc.find_sinks(lens(), texts, first_positions=(0, 60), verbose=False)) > 0
+    with (
+        no_forward_pass(),
+        pytest.raises(InputError, match=r"'prompt-1' has 50 tokens, and no first position \(60, 70\)"),
+    ):
+        sc.find_sinks(lens(), texts, first_positions=(60, 70))
+
+
+def test_official_takes_the_thresholds_that_are_its_own():
+    """Those of the evidence beside the sinks; the published procedure has no others."""
+    changed = {"first_positions": (0,), "min_queries": 60, "neighbours": 8}
+    sinks = sc.find_sinks(lens(), prompt(), method="official", verbose=False, **changed)
+    same = sc.find_sinks(lens(), prompt(), method="official", verbose=False, thresholds=sc.Thresholds(**changed))
+    assert same.table.equals(sinks.table)
+    assert sinks.manifest.settings["thresholds"]["min_queries"] == 60
+    assert sinks.table.set_index("pos").score.isna()[SINK]  # 55 queries come after it
 
 
 def test_unknown_kinds_are_refused():

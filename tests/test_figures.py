@@ -106,6 +106,59 @@ def test_layer_map_draws_the_summary(results, outcome):
     same(np.array(line.error_y.arrayminus)[drawn].astype(float), (rows["effect"] - rows["low"])[drawn])
 
 
+def hostile(clean, edited, sink):
+    return edited.resid_post_chosen[:, 0].norm(dim=-1)
+
+
+def test_interventions_and_outcomes_of_ones_own_are_drawn(results):
+    """A [layer], a [layer, head] and a [] outcome, in every figure that has their axes; names are text, never markup."""
+    plant = planted.minimal()
+    model, tokens = plant.bridge(), [plant.tokens()]
+    sinks = results.sinks
+    sinks = sc.Sinks(sinks.table[sinks.table["prompt"] == "prompt-0"], sinks.prompts, sinks.manifest).select(
+        "secondary"
+    )
+
+    def bent(contribution, dose=0.5):
+        return dose * contribution
+
+    bent.__name__ = "<b>bent</b>"
+    options = {
+        "outcomes": {
+            "<i>norms</i>": hostile,
+            "heads": lambda c, e, s: e.columns.log_rest[..., -1, 0],
+            "one": lambda c, e, s: 1.0,
+        }
+    }
+    options |= {"verbose": False}
+    drawn = {
+        "layer_map": sc.layer_map(model, tokens, sinks, intervention=bent, layers=[6, 7], **options),
+        "dose_response": sc.dose_response(model, tokens, sinks, layer=6, intervention=bent, factors=[0, -2], **options),
+        "ablate": sc.ablate(model, tokens, sinks, layer=6, method=bent, **options),
+    }
+    for kind, effect in drawn.items():
+        if kind != "ablate":
+            with pytest.raises(InputError, match="'norm' is a manipulation check"):
+                effect.plot("norm")
+        for outcome in ("<i>norms</i>", "heads", "one", "lifetime"):
+            if kind != "dose_response" and outcome in ("one", "lifetime"):
+                with pytest.raises(InputError, match=f"outcome '{outcome}' has no layers to draw: use one of score"):
+                    effect.plot(outcome)
+                continue
+            figure = effect.plot(outcome)
+            text = json.dumps(figure.to_plotly_json(), default=str)
+            assert "<i>" not in text and "<b>bent" not in text
+            rows = rows_of(effect, outcome)
+            if kind == "layer_map":
+                same(traces(figure, "scatter")[0].y, rows["effect"])
+            elif kind == "dose_response":
+                assert "dose of &lt;b&gt;bent" in text and "rescaled" not in text
+                same(traces(figure, "scatter")[1].y, rows["edited"].iloc[::-1])
+            else:
+                values = effect.data[outcome].sel(edit="<b>bent</b>", layer=slice(6, None))
+                same(traces(figure, "scatter")[1].y, values.mean([d for d in values.dims if d != "layer"]))
+
+
 def test_heat_map_is_centred_and_leaves_impossible_cells_empty(results):
     heat = traces(figures.layer_map_figure(results.layer_map, "log_odds"), "heatmap")[0]
     assert heat.zmin == -heat.zmax

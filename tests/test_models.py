@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import eager
 import pytest
 import torch
 from common import BACKENDS, SINK, lens, no_forward_pass, prompt, subject
 from test_prompts import tokenizer
+from test_weights import write_gguf
 from torch import nn
+from transformers import GPT2Config, GPTNeoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sink_circuits as sc
+from sink_circuits import weights
 from sink_circuits.errors import InputError, ModelError, SinkCircuitsError
-from sink_circuits.models import relative_error
+from sink_circuits.models import layers_of_config, relative_error
 
 
 @functools.cache
@@ -149,8 +159,155 @@ def test_unknown_models_are_refused(source, message):
 
 
 def test_a_hub_id_offline_is_refused_with_what_works_instead():
-    with pytest.raises(ModelError, match=r"could not be loaded.*smollm2-135m.*while online"):
+    """conftest.py switches the hub off, as a user may."""
+    with pytest.raises(
+        ModelError,
+        match=r"nobody/nothing@main is not in the local cache, and the .*hub cannot be reached .*smollm2-135m",
+    ) as caught:
         sc.load_model("nobody/nothing@main")
+    assert "\n" not in str(caught.value)
+
+
+HUB = """
+import http.server, json, pathlib, sys, threading
+import sink_circuits as sc
+folder, commit, port, answer = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
+revisions = ("main", "v2", commit)
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, tree = self.path.partition("?")[0], b""
+        if path.startswith("/api/models/org/tiny/tree/") and path.rpartition("/")[2] in revisions:
+            tree = json.dumps([
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"} for file in folder.iterdir()
+            ]).encode()
+        revision, _, name = path.partition("/org/tiny/resolve/")[2].partition("/")
+        file = folder / (name or "-")
+        found = tree or (revision in revisions and file.is_file())
+        body = tree or (file.read_bytes() if found else b"")
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(body)))
+        if found:
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("X-Repo-Commit", commit)
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound" if "/org/tiny/" in path else "RepoNotFound")
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+hub = http.server.ThreadingHTTPServer(("127.0.0.1", port), Hub)
+threading.Thread(target=hub.serve_forever, daemon=True).start()
+said = {}
+
+def attempt(what, source):
+    try:
+        model = sc.load_model(source, verbose=False)
+        adapter = sc.adapt(model)
+        said[what] = [adapter.name, adapter.revision, adapter.weights_hash, model.tokenizer("a b")["input_ids"]]
+    except sc.SinkCircuitsError as error:
+        said[what] = str(error)
+
+attempt("online", "org/tiny")
+attempt("revision", "org/tiny@v2")
+attempt("unknown", "org/other")
+hub.shutdown()
+hub.server_close()
+attempt("cached", "org/tiny")
+attempt("cached revision", "org/tiny@v2")
+attempt("not cached", "org/tiny@v3")
+attempt("never seen", "org/other")
+answer.write_text(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_hub_ids_online_offline_and_in_the_cache(tmp_path):
+    """huggingface_hub itself against a hub of this machine's, which then goes away."""
+    folder, commit, answer = tmp_path / "served", "c" * 40, tmp_path / "answer.json"
+    eager.tiny("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {
+        **os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(sc.__file__).parents[1]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(folder), commit, port, str(answer)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(answer.read_text())
+    weights_hash = sc.adapt(model_of("llama")).weights_hash
+    ids = tokenizer()("a b")["input_ids"]
+    assert said["online"] == said["cached"] == ["org/tiny", commit, weights_hash, ids]
+    assert said["revision"] == said["cached revision"] == ["org/tiny@v2", commit, weights_hash, ids]
+    assert "'org/other' could not be loaded" in said["unknown"]
+    for what in ("not cached", "never seen"):
+        assert "cannot be reached" in said[what] and "not in the local cache" in said[what]
+    assert "Retrying" not in done.stderr, "a dead network is tried again and again"
+    assert "%|" not in done.stderr, "bars although verbose=False"
+
+
+def test_loading_quietly_shows_no_bars(tmp_path, capfd):
+    from transformers.utils import logging
+
+    eager.tiny("llama").save_pretrained(tmp_path)
+    assert logging.is_progress_bar_enabled()
+    sc.load_model(tmp_path)
+    assert "Loading weights" in capfd.readouterr().err
+    sc.load_model(tmp_path, verbose=False)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled(), "the bars of the user's own code are left as they were"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        sc.load_model(tmp_path, verbose=False)
+    assert logging.is_progress_bar_enabled()
+
+
+def test_the_revision_of_a_gguf_is_its_hash(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "toy.gguf")
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = sc.load_model(path, verbose=False)
+    assert sc.adapt(model).revision == expected
+    folder = weights.convert_gguf(path, verbose=False)
+    assert sc.adapt(sc.load_model(folder, verbose=False)).revision == expected
+    sinks = sc.find_sinks(model, torch.arange(40), verbose=False)
+    assert sinks.manifest.revision == expected
+    (folder / "manifest.json").write_text("[1]")  # someone else's
+    assert sc.adapt(sc.load_model(folder, verbose=False)).revision == ""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_revision_of_a_model_in_memory_is_not_known(backend):
+    assert sc.adapt(lens(backend)).revision == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "n_layers"),
+    [
+        (LlamaConfig(num_hidden_layers=5), 5),
+        (GPT2Config(n_layer=3), 3),
+        (GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]]), 4),
+    ],
+)
+def test_layers_are_counted_from_the_configuration_alone(tmp_path, monkeypatch, config, n_layers):
+    config.save_pretrained(tmp_path)
+    assert layers_of_config(str(tmp_path)) == n_layers
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
+    for unknown in ("smollm2-135m", "org/name", "/nowhere", "x.gguf", ""):
+        assert layers_of_config(unknown) is None
+    cached = tmp_path / "cache" / "models" / weights.REGISTRY["smollm2-135m"].gguf_sha256[:16]
+    config.save_pretrained(cached)
+    assert layers_of_config("smollm2-135m") == n_layers
+    (tmp_path / "config.json").write_text("{")
+    assert layers_of_config(str(tmp_path)) is None
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):
@@ -158,8 +315,8 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         sc.load_model(tmp_path)
     eager.tiny("llama").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="could not be loaded"):
         sc.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")

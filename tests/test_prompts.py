@@ -193,7 +193,12 @@ def test_broken_files_are_refused_with_their_line(tmp_path, name, content, messa
     ("source", "n", "message"),
     [
         ("poetry", None, "'poetry' is neither a kind of bundled prompt.*maths.*nor a file"),
-        ("nowhere/a.jsonl", None, "nowhere/a.jsonl cannot be read.*check path"),
+        ("nowhere/a.jsonl", None, "prompt file nowhere/a.jsonl does not exist: check the path.*maths"),
+        ("nofile.txt", None, "prompt file nofile.txt does not exist"),
+        ("mine/essay", None, "prompt file mine/essay does not exist"),
+        ("essay.md", None, "prompt file essay.md does not exist"),
+        ("", None, "'' is neither a kind"),
+        (".", None, r"prompt source \. is a folder: name a file in it"),
         ("maths", 0, "n = 0 prompts asked for: at least 1"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from test_figures import HOSTILE, Elements
 
 import sink_circuits as sc
-from sink_circuits import planted, report
+from sink_circuits import figures, planted, report
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import Effect
@@ -134,7 +134,7 @@ def test_write_report_never_overwrites_unasked(made, tmp_path):
 def test_page_without_experiments_or_sinks(made):
     none = Sinks(made.sinks.table.iloc[:0], made.sinks.prompts, made.sinks.manifest)
     text = Elements(page_of(made, sinks=none, effects=[], texts={}, scores=None, command="")).text
-    assert "In 2 prompts no sink was found." in text
+    assert "In 2 prompts, no sink was found." in text
     assert "Nothing was intervened on" in text
     assert "No experiment was given." in text
 
@@ -158,7 +158,7 @@ def test_texts_and_scores_must_fit(made):
 # --------------------------------------------------------------------------------------------------- its sentences
 def test_answers_hold_the_numbers_of_the_summary(made):
     found, _, _, ablation = report.answers(made.sinks, made.effects)
-    assert found == "In 2 prompts 3 secondary and 2 primary sinks were found."
+    assert found == "In 2 prompts, 3 secondary and 2 primary sinks were found."
     row = made.effects[2].summary().set_index("outcome").loc["log_odds"]
     assert row["high"] < 0
     assert f"differ by {report._number(row['effect'])} [" in ablation
@@ -177,7 +177,7 @@ def test_no_direction_without_an_interval(made):
     ("low", "high", "n", "said"),
     [
         (-2.0, -0.5, 6, "falls by 1.00 [0.500, 2.00]"),
-        (-2.0, 0.5, 6, "the direction is not decided"),
+        (-2.0, 0.5, 6, "changes by −1.00 [−2.00, +0.500] (95% interval over 6 prompts), an interval that includes 0"),
         (np.nan, np.nan, 1, "differs by −1.00 (1 prompt, not enough"),
         (
             -2.0,
@@ -190,6 +190,9 @@ def test_no_direction_without_an_interval(made):
 def test_a_direction_is_named_only_when_the_interval_excludes_zero(low, high, n, said):
     text = report._moved({"effect": -1.0, "low": low, "high": high, "n_prompts": n})
     assert said in text
+    assert said.partition("]")[0] + "] nats" in report._moved(
+        {"effect": -1.0, "low": low, "high": high, "n_prompts": n}, "nats"
+    ) or np.isnan(low)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +216,94 @@ def test_limits_follow_from_what_was_done(made):
     assert "stand in for each other" in text
     assert "over prompts, 2 here" in text
     assert "rough" in text
+    assert "no second confirmation" not in text
     joint = " ".join(report.limits(made.sinks, made.effects[2:]))
     assert "stand in for each other" not in joint
     assert "picked from the map" not in joint
+
+
+def with_settings(effect, **changed):
+    manifest = dataclasses.replace(effect.manifest, settings={**effect.manifest.settings, **changed})
+    return Effect(effect.kind, effect.data, effect.table, manifest)
+
+
+def test_a_layer_picked_on_the_same_prompts_is_a_limit(made):
+    picked = with_settings(made.effects[2], layers="forming")
+    assert "no second confirmation" in " ".join(report.limits(made.sinks, [made.effects[0], picked]))
+    assert "each sink's own forming MLP" in report.answers(made.sinks, [picked])[1]
+
+
+def test_dose_response_is_told_by_its_two_ends(made):
+    rows = made.effects[1].summary().query("outcome == 'log_odds'").set_index("edit")["effect"]
+    (text,) = report.answers(made.sinks, [made.effects[1]])[1:]
+    assert f"at factor 0 their attention log-odds differ by {report._number(rows[0.0])} [" in text
+    assert f"at factor 4 their attention log-odds differ by {report._number(rows[4.0], signed=True)} [" in text
+    assert text.count("nats (95% interval over 2 prompts, too few to decide a direction)") == 2
+
+
+def test_every_answer_leads_to_its_section(made, page):
+    answers = re.findall(r'<strong><a href="#([^"]+)">([^<]+)\.</a></strong>', page)
+    assert answers == [
+        ("found", "Sinks"),
+        ("effect-1", "Layer map"),
+        ("effect-2", "Dose-response"),
+        ("effect-3", "Ablation"),
+    ]
+
+
+def test_page_says_which_sinks_were_treated(made):
+    assert report.treated(made.sinks, made.effects) == (
+        "The experiments treat 3 of 3 secondary sinks, numbered as in the table above. No primary sink was treated."
+    )
+    secondary = made.sinks.table.index[made.sinks.table["kind"] == "secondary"]
+    rows = [0, 2]
+    effect = made.effects[2]
+    some = Effect(effect.kind, effect.data.isel(sink=rows), effect.table.iloc[rows], effect.manifest)
+    said = report.treated(made.sinks, [some])
+    assert f"treat 2 of 3 secondary sinks, numbered as in the table above. Left out: sink {secondary[1]}." in said
+    assert report.treated(made.sinks, []) == ""
+
+
+def test_model_and_data_are_on_the_page(made, page):
+    config = planted.minimal().hf_model.config
+    facts = dict(report._facts(made.sinks, made.effects))
+    assert facts["Size"] == f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads in each"
+    assert facts["Prompts"] == f"2: {', '.join(NAMES)}"
+    assert facts["Tokens (hash)"] == made.sinks.manifest.tokens
+    assert facts["Execution path"].startswith("fast: the plain Hugging Face module")
+    many = Sinks(made.sinks.table, tuple(f"p{n}" for n in range(20)), made.sinks.manifest)
+    assert dict(report._facts(many, []))["Prompts"].endswith("p10, p11 and 8 more")
+    assert "Size" not in dict(report._facts(many, []))
+    text = Elements(page).text
+    assert all(value in text for name, value in facts.items() if name != "Prompts")
+
+
+def test_settings_are_listed_flat_and_once(made):
+    found, *others = report._models([made.sinks, *made.effects])
+    assert "cosine = 0.9" in found["settings"]
+    assert "first_positions = not set" in found["settings"]
+    assert "thresholds" not in found["settings"]
+    for one in others:
+        assert one["settings"].endswith("; sinks found as above")
+        assert "cosine" not in one["settings"]
+    other = with_settings(made.effects[0], found={"thresholds": {"cosine": 0.5}})
+    assert "cosine = 0.5" in report._models([made.sinks, other])[1]["settings"]
+
+
+def test_titles_of_figures_stand_in_the_page(made, page):
+    for heading in (
+        "Effect of editing one MLP on the attention log-odds",
+        "Dose-response: attention log-odds",
+        "Clean and edited attention log-odds, by layer",
+    ):
+        assert f">{heading}</h4>" in page
+    figure = figures.effect_figure(made.effects[0], "log_odds")
+    top, height = figure.layout.margin.t, figure.layout.height
+    heading, note = report._lift_title(figure)
+    assert heading == "Effect of editing one MLP on the attention log-odds"
+    assert note.startswith("planted: 3 secondary sinks, 2 prompts. Bars: 95% interval over 2 prompts. Shaded: ")
+    assert figure.layout.title.text is None
+    assert height - figure.layout.height == top - figure.layout.margin.t > 0
 
 
 # --------------------------------------------------------------------------------------------------- a browser
@@ -234,6 +322,14 @@ const note = () => {
     const own = text.getBoundingClientRect(), svg = text.closest("svg").getBoundingClientRect();
     return own.left < svg.left - 1 || own.right > svg.right + 1 || own.top < svg.top - 1;
   }).map((text) => text.textContent);
+  const seenAt = (box) => box.getBoundingClientRect();
+  // Boxes whose right-hand part is out of sight: [its label, can be reached by keyboard, a line above says so].
+  const cut = (box) => box.scrollWidth > box.clientWidth + 1;
+  seen.sideways = [...document.querySelectorAll(".scroll, .tok-strip")].filter(cut).map((box) => {
+    const hint = box.previousElementSibling && box.previousElementSibling.querySelector(".hint");
+    return [box.getAttribute("aria-label"), box.tabIndex, !!hint && getComputedStyle(hint).display !== "none"];
+  });
+  seen.headings = [...document.querySelectorAll("h4 + .note")].map((note) => seenAt(note).width / seenAt(note.parentElement).width);
   document.documentElement.dataset.seen = JSON.stringify(seen);
   if (parent !== window) parent.postMessage(seen, "*");
 };
@@ -271,7 +367,7 @@ needs_browser = pytest.mark.skipif(
 def probed(page):
     """The page with all boxes open and a probe in it, before the policy: there when the first rule could be broken."""
     text = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{PROBE}', 1)
-    return text.replace('<details class="cv">', '<details class="cv" open>')
+    return text.replace('<details class="cv">', '<details class="cv" open>').replace("<details>", "<details open>")
 
 
 def seen_in(dom, log, width):
@@ -283,6 +379,9 @@ def seen_in(dom, log, width):
     assert seen["needed"] <= width, "the page scrolls sideways"
     assert seen["drawn"] == "5"
     assert seen["svgs"] >= 5
+    assert len(seen["headings"]) == 5
+    assert min(seen["headings"]) > 0.9, "a figure's note is wrapped short of the page's width"
+    assert all(label and tab == 0 for label, tab, _ in seen["sideways"]), seen["sideways"]
     return seen
 
 
@@ -291,7 +390,7 @@ def seen_in(dom, log, width):
 def test_a_browser_draws_the_page_and_fetches_nothing(page, tmp_path):
     (tmp_path / "page.html").write_text(probed(page), encoding="utf-8")
     dom, log = browse(tmp_path / "page.html", tmp_path, "--dump-dom", size="1280,2000")
-    seen_in(dom, log, 1280)
+    assert seen_in(dom, log, 1280)["sideways"] == [], "a table is cut on a wide screen"
     console = [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]
     assert not console
     assert dom.count('class="colored-tokens"') == 2
@@ -315,7 +414,9 @@ def test_the_page_fits_a_phone(page, tmp_path, width):
         'addEventListener("message", (e) => { document.documentElement.dataset.seen = JSON.stringify(e.data); });</script>'
     )
     (tmp_path / "phone.html").write_text(frame, encoding="utf-8")
-    seen_in(*browse(tmp_path / "phone.html", tmp_path, "--dump-dom", size="600,900"), width)
+    seen = seen_in(*browse(tmp_path / "phone.html", tmp_path, "--dump-dom", size="600,900"), width)
+    assert len(seen["sideways"]) == 4  # the sinks, and the numbers of three experiments
+    assert all(hinted for _, _, hinted in seen["sideways"]), "a table is cut and nothing says so"
 
 
 @pytest.mark.slow

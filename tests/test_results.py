@@ -316,6 +316,17 @@ def test_manifest_says_how_a_result_was_made(found):
     assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
 
 
+def test_manifest_says_where_the_weights_and_the_seeds_come_from(found):
+    manifest = found.manifest
+    assert manifest.revision == "", "made in memory: there is no commit and no file"
+    assert manifest.seed == "names"
+    older = manifest.to_dict()
+    del older["revision"], older["seed"]
+    read = Manifest.from_dict(older)
+    assert (read.revision, read.seed, read.format) == ("", "", 1)
+    assert dataclasses.replace(read, seed="names") == manifest
+
+
 def test_files_of_another_format_or_origin_are_refused(tmp_path, found):
     with pytest.raises(ResultError, match="format 2, this version reads 1"):
         Manifest.from_dict(dataclasses.replace(found.manifest, format=2).to_dict())

@@ -13,12 +13,20 @@ from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subje
 
 import sink_circuits as sc
 from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
-from sink_circuits.runs import clean_loss, next_token_loss
+from sink_circuits.holds import Hold
+from sink_circuits.losses import next_token_kl, next_token_loss
+from sink_circuits.runs import clean_loss
 from sink_circuits.scores import column_log_odds, column_scores
 
 FULL = [None] * 24
 PATHS = [("bridge", "fast"), ("bridge", "reference"), *([("hooked", "reference")] if "hooked" in BACKENDS else [])]
 CHOSEN = (0, 10, SINK, 70)
+
+
+def kl_by_hand(clean: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """KL(clean || edited) of logits [pos, d_vocab], from the probabilities themselves."""
+    p, q = clean.double().softmax(-1), edited.double().softmax(-1)
+    return (p * (p / q).log()).sum(-1)
 
 
 def flip(c: torch.Tensor) -> torch.Tensor:
@@ -319,11 +327,66 @@ def test_loss_with_capped_logits():
         assert clean_loss(model, clean)[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
 
 
+# ----------------------------------------------------------------------------------------------------- divergences
+@pytest.mark.parametrize(("backend", "path", "name"), cases("window", "far apart", "last layer", "last position"))
+def test_kl_is_that_of_the_distributions_by_hand(backend, path, name):
+    expected = kl_by_hand(by_hand(prompt()).logits, by_hand(prompt(), EDITS[name]).logits)
+    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
+    rows = [edits_of(EDITS[name]), [sc.rescale(3, 20, 1.0)]]
+    run, same = sc.run_edited(lens(backend), clean, rows, kl=True, path=path)
+    assert run.loss is None
+    assert run.kl.shape == (96,)
+    assert ((run.kl - expected).abs() <= 1e-7 + 1e-3 * expected).all()
+    assert expected.max() > 1e-5
+    first = min(pos for _, pos in EDITS[name])
+    assert (run.kl[:first] == 0).all()
+    assert (same.kl >= 0).all()
+    assert same.kl.max() < (1e-9 if path == "fast" else 1e-12)
+    (without,) = sc.run_edited(lens(backend), clean, rows[:1], path=path)
+    assert without.kl is None
+
+
+@pytest.mark.parametrize("path", ["fast", "reference"])
+def test_kl_with_capped_logits_and_held_activations(path):
+    hf, tokens = eager.tiny("gemma2"), eager.random_tokens(30)
+    model = sc.load_model(eager.tiny("gemma2"), verbose=False)
+    clean = sc.run_clean(model, tokens, chosen=(5,), path=path)
+    free, held = sc.run_edited(
+        model, clean, [[sc.zero(1, 5)], [sc.zero(1, 5), Hold("resid_post", positions="others")]], kl=True, path=path
+    )
+    logits = eager.forward(hf, tokens).logits
+    expected = kl_by_hand(logits, eager.forward(hf, tokens, {(1, 5): 0.0}).logits)
+    assert (free.kl - expected).abs().max() < 1e-4 * expected.max()
+    assert held.kl[5] > 1e-5
+    assert (held.kl[torch.arange(30) != 5] < 1e-9).all(), "all other positions are held"
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_divergences_made_in_slices_are_those_made_at_once(monkeypatch, n):
+    generator = torch.Generator().manual_seed(n)
+    weight, clean, edited = (torch.randn(shape, generator=generator) for shape in ((9, 4), (n, 4), (3, n, 4)))
+    monkeypatch.setattr("sink_circuits.losses.LOGIT_SLICE_FLOATS", 72)  # two positions at a time
+    found = next_token_kl(lambda x: x @ weight.T, clean, edited)
+    for row in range(3):
+        expected = kl_by_hand(clean @ weight.T, edited[row] @ weight.T)
+        torch.testing.assert_close(found[row].double(), expected, atol=1e-6, rtol=1e-5)
+    assert (next_token_kl(lambda x: x @ weight.T, clean, clean[None]) == 0).all()
+
+
+def test_small_divergences_are_not_rounding():
+    """A change of 1e-5 in the logits makes a divergence of about 1e-11; probabilities in float32 would say 1e-7."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    moved = logits + 1e-5 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
+    found = next_token_kl(lambda x: x, logits, moved[None])[0]
+    assert found.item() == pytest.approx(kl_by_hand(logits, moved).item(), rel=1e-3)
+    assert 1e-13 < found.item() < 1e-9
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 17])
 def test_losses_made_in_slices_are_those_made_at_once(monkeypatch, n):
     weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     resid, tokens = torch.randn(n, 4, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 9
-    monkeypatch.setattr("sink_circuits.runs.LOGIT_SLICE_FLOATS", 27)  # three positions at a time
+    monkeypatch.setattr("sink_circuits.losses.LOGIT_SLICE_FLOATS", 27)  # three positions at a time
     found = next_token_loss(lambda x: x @ weight.T, resid, tokens)
     log_p = (resid @ weight.T).log_softmax(-1)
     for position in range(n - 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -33,8 +34,8 @@ from sink_circuits import cli, experiments, results, scores, sweeps
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.interventions import Edit
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.studies import Study, Texts, read_study, read_token_file
-from sink_circuits.sweeps import Cell, Facts, Outcome, Question, SweepResult, WorkerPool, load_sweep, sweep
+from sink_circuits.studies import Study, Texts, own_function, read_study, read_token_file
+from sink_circuits.sweeps import Answer, Cell, Facts, Question, SweepResult, WorkerPool, load_sweep, sweep
 
 SINKS = {"a": 30, "b": 33, "none": None}  # prompt -> position of its secondary sink
 LAYERS, FACTORS = [2, 6, [6, 7], 13], [0, 1, 2]
@@ -147,6 +148,7 @@ def test_the_example_is_a_study_of_both_bundled_models():
         ({"factors": []}, "factors is empty"),
         ({"factors": [1, 1.0]}, "name each once"),
         ({"factors": [-0.5]}, "factor = -0.5: at least 0"),
+        ({"factors": [-0.5], "interventions": ["a:b", "rescale"]}, "factor = -0.5: at least 0"),
         ({"factors": [math.nan]}, "give a finite number"),
         ({"factors": [math.inf]}, "give a finite number"),
         ({"factors": ["1"]}, "give a finite number"),
@@ -155,6 +157,15 @@ def test_the_example_is_a_study_of_both_bundled_models():
         ({"threads": 1.0}, "threads = 1.0: give a whole number"),
         ({"min_queries": 0}, "min_queries = 0: at least 1"),
         ({"loss": "yes"}, "loss = 'yes': give true or false"),
+        ({"kl": 1}, "kl = 1: give true or false"),
+        ({"interventions": []}, "interventions is empty"),
+        ({"interventions": ["zero"]}, "'zero' names no function: write 'module:function'"),
+        ({"interventions": ["a:b", "a:b"]}, "name each once"),
+        ({"outcomes": "a:b"}, "outcomes = 'a:b': give a list"),
+        ({"outcomes": ["a:b()"]}, "'a:b()' names no function"),
+        ({"outcomes": [3]}, "3 names no function"),
+        ({"outcomes": ["a:b", "a:b"]}, "name each once"),
+        ({"outcomes": ["a:b", "c:b"]}, "two outcomes are named 'b'"),
         ({"path": "quick"}, "path 'quick' is unknown"),
         ({"seed": ""}, "seed = ''"),
         ({"prompts": "maths"}, "prompts = 'maths': give a table"),
@@ -238,8 +249,8 @@ def test_a_cell_is_named_by_its_content():
         "format": results.FORMAT, "model": "m", "weights": "abc", "prompt": "p", "ids": [0, 5], "layers": [[3], [6, 7]],
         "settings": {
             "kinds": ["secondary", "primary-like"], "sinks_per_prompt": None, "factors": [0.0, 0.25, 0.5, 1.0, 2.0, 4.0],
-            "loss": False, "min_queries": 16, "device": "cpu", "path": "auto", "threads": 1, "seed": "study",
-            "thresholds": {"min_queries": 16},
+            "interventions": ["rescale"], "outcomes": [], "functions": {}, "loss": False, "kl": False, "min_queries": 16,
+            "device": "cpu", "path": "auto", "threads": 1, "seed": "study", "thresholds": {"min_queries": 16},
         },
     }  # fmt: skip
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -250,9 +261,10 @@ def test_a_cell_is_named_by_its_content():
         *(cell(settings=sweeps.shared_settings(Study(("m",), **changed))) for changed in (
             {"kinds": ["primary"]}, {"sinks_per_prompt": 1}, {"factors": [0]}, {"loss": True}, {"min_queries": 15},
             {"device": "cuda"}, {"path": "reference"}, {"threads": 2}, {"seed": "s"}, {"thresholds": {"cosine": 0.8}},
+            {"kl": True}, {"interventions": ["math:copysign"]}, {"outcomes": ["math:hypot"]},
         )),
     ]  # fmt: skip
-    assert len({one.name, *(other.name for other in others)}) == 17
+    assert len({one.name, *(other.name for other in others)}) == 20
 
 
 @given(
@@ -306,7 +318,8 @@ def test_a_sweep_says_what_the_experiments_say():
     assert result.complete and len(result.cells) == 3 * 2
     assert list(result.cells["n_sinks"]) == [1, 1, 1, 1, 0, 0]
     table = result.to_dataframe()
-    assert len(table) == 2 * len(LAYERS) * len(FACTORS) * 5
+    assert len(table) == 2 * len(LAYERS) * len(FACTORS) * 6
+    assert set(table["intervention"]) == {"rescale"}
     for name in ("a", "b"):
         tokens = as_tokens(lens(), Tokens((ids_of(name, SINKS[name]),), (name,)))
         sinks = sc.find_sinks(lens(), tokens, verbose=False).select("secondary")
@@ -327,6 +340,89 @@ def test_a_sweep_says_what_the_experiments_say():
     ).all()
 
 
+OWN = """
+def bent(contribution, dose):
+    return contribution + dose * contribution.flip(-1)
+
+
+def share_of_heads(clean, edited, sink):
+    attention = edited.columns.log_attention[..., sink.pos + 1 :, edited.columns.chosen.index(sink.pos)].exp()
+    return (attention.mean(-1) > 0.1).float().mean(-1)
+"""
+
+
+def module_of_ones_own(folder: Path, monkeypatch, text: str = OWN) -> str:
+    """Writes a module that can be imported here, under a name of its own."""
+    name = f"own_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    return name
+
+
+def test_functions_of_ones_own_rank_with_the_built_in_ones(tmp_path, monkeypatch):
+    name = module_of_ones_own(tmp_path, monkeypatch)
+    prompts = {"tokens": str(place() / "ids.jsonl"), "n": 2}
+    own = {"interventions": ["rescale", f"{name}:bent"], "outcomes": [f"{name}:share_of_heads"], "kl": True}
+    made = study(layers=[[6, 7]], factors=[0, 0.5], prompts=prompts, **own)
+    assert Study(**json.loads(json.dumps(made.to_dict()))) == made
+    result = sweep(made, tmp_path / "s", verbose=False)
+    module = importlib.import_module(name)
+    options = {"layers": [6, 7], "factors": [0, 0.5], "loss": True, "kl": True, "verbose": False}
+    for prompt in ("a", "b"):
+        tokens = as_tokens(lens(), Tokens((ids_of(prompt, SINKS[prompt]),), (prompt,)))
+        sinks = sc.find_sinks(lens(), tokens, verbose=False).select("secondary")
+        for intervention in (f"{name}:bent", "rescale"):
+            how = {} if intervention == "rescale" else {"intervention": module.bent}
+            expected = sc.dose_response(lens(), tokens, sinks, outcomes=[module.share_of_heads], **how, **options)
+            assert {"share_of_heads", "kl", "lifetime"} < set(expected.outcomes)
+            for outcome in expected.outcomes:
+                rows = result.table.query("prompt == @prompt and intervention == @intervention and outcome == @outcome")
+                values = expected.over_lifetime(outcome).to_numpy()[0]
+                assert rows["effect"].tolist() == pytest.approx(values, abs=2e-6), (outcome, intervention)
+    summary = result.summary(["share_of_heads"])
+    assert list(zip(summary["intervention"], summary["factor"], strict=True)) == [
+        ("rescale", 0.0), ("rescale", 0.5), (f"{name}:bent", 0.0), (f"{name}:bent", 0.5),
+    ]  # fmt: skip
+    assert (summary["effect"].iloc[:1] < -0.1).all() and summary["effect"].iloc[2] == 0
+    assert set(result.summary()["outcome"]) == set(expected.outcomes)
+
+
+def test_another_version_of_ones_own_functions_is_another_sweep(tmp_path, monkeypatch):
+    name = module_of_ones_own(tmp_path, monkeypatch)
+    prompts = {"tokens": str(place() / "ids.jsonl"), "n": 1}
+    made = study(layers=[6], factors=[0.5], prompts=prompts, interventions=[f"{name}:bent"])
+    sweep(made, tmp_path / "s", verbose=False)
+    settings = {**sweeps.shared_settings(made), "functions": {f"{name}:bent": "older"}}
+    answer = sweeps.compute(Cell("planted", str(place() / "planted"), "w", "a", (0, 5, 6), ((6,),), settings))
+    assert answer.cause == f"{name}:bent is another version on this worker than where the sweep began: use one copy."
+    module_of_ones_own(tmp_path, monkeypatch, OWN.replace("flip(-1)", "roll(1, -1)"))
+    sweep(made, tmp_path / "s", verbose=False)  # this process still has the version that it imported
+    own_function.cache_clear()  # as in a new process
+    del sys.modules[name]
+    with pytest.raises(ResultError, match="other functions under the same name: choose another folder"):
+        sweep(made, tmp_path / "s", verbose=False)
+    assert load_sweep(tmp_path / "s").complete
+
+
+def test_functions_that_cannot_be_had_are_known_before_anything_is_begun(tmp_path, monkeypatch):
+    name = module_of_ones_own(tmp_path, monkeypatch, OWN + "number = 3\ndef score(clean, edited, sink): return 1.0\n")
+    (tmp_path / "broken_module_of_ones_own.py").write_text("def f(:")
+    for changed, message in (
+        (
+            {"interventions": ["nowhere_at_all:f"]},
+            "nowhere_at_all:f cannot be imported .*name its folder in PYTHONPATH",
+        ),
+        ({"interventions": ["broken_module_of_ones_own:f"]}, r"cannot be imported \(SyntaxError"),
+        ({"interventions": ["__main__:f"]}, "stands in the program itself.*move it to a module"),
+        ({"outcomes": [f"{name}:nothing"]}, f"{name}:nothing is no function"),
+        ({"outcomes": [f"{name}:number"]}, f"{name}:number is no function"),
+        ({"outcomes": [f"{name}:score"]}, "outcome name 'score' is taken"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sweep(study(**changed), tmp_path / "s", verbose=False)
+    assert not (tmp_path / "s").exists()
+
+
 def test_nothing_is_run_for_the_factor_1(monkeypatch):
     tokens, pos = ids_of("a", 30), 30
     sinks = sc.find_sinks(lens(), [tokens], verbose=False).select("secondary")
@@ -340,7 +436,7 @@ def test_nothing_is_run_for_the_factor_1(monkeypatch):
         empty = sc.measure(lens(), [tokens], sinks, ["none"], lambda label, row: (), what="nothing", **options)
         for effect in (copied, empty):
             assert effect.manifest.path == path
-            for name in (*experiments.OUTCOMES, "loss"):
+            for name in (*effect.outcomes, "norm", "cosine"):
                 difference = effect.effect(name).values
                 assert (difference[np.isfinite(difference)] == 0).all()
                 np.testing.assert_allclose(effect.data[name].values, run.data[name].values, atol=2e-3)
@@ -365,7 +461,7 @@ def test_the_summary_is_a_bootstrap_over_prompts():
     result = finished()
     summary = result.summary()
     assert list(summary["layers"].drop_duplicates()) == ["2", "6", "6+7", "13"]
-    assert len(summary) == len(LAYERS) * len(FACTORS) * 5
+    assert len(summary) == len(LAYERS) * len(FACTORS) * 6
     row = summary[(summary["layers"] == "6+7") & (summary["factor"] == 0) & (summary["outcome"] == "score")].iloc[0]
     table = result.table
     own = table[(table["layers"] == "6+7") & (table["factor"] == 0) & (table["outcome"] == "score")]
@@ -548,7 +644,7 @@ def test_changed_prompts_or_weights_are_refused(tmp_path):
         sweep(made, tmp_path / "s", verbose=False)
     write_tokens(tmp_path / "ids.jsonl", SINKS)
     shutil.copyfile(place() / "alone" / "model.safetensors", tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ResultError, match="other weights or another tokenizer under the same name"):
+    with pytest.raises(ResultError, match="other weights, another tokenizer or other functions"):
         sweep(made, tmp_path / "s", verbose=False)
 
 
@@ -657,15 +753,15 @@ class KilledWorker(Exception):
 
 @pytest.mark.parametrize("future", [Job, done_future])
 def test_tasks_of_dying_workers_are_given_to_others(future):
-    good = Outcome("good")
+    good = Answer("good")
     pool = Pool(
         {
             "fine": [good], "once": [BrokenProcessPool("died"), good], "always": [BrokenProcessPool("died")] * 9,
-            "broken": ["refuse"], "dask": [KilledWorker("4 workers")], "failed": [Outcome(cause="because")],
+            "broken": ["refuse"], "dask": [KilledWorker("4 workers")], "failed": [Answer(cause="because")],
         },
         future,
     )  # fmt: skip
-    outcomes = dict(sweeps._outcomes(pool, sweeps.compute, list(pool.answers)))
+    outcomes = dict(sweeps._answers(pool, sweeps.compute, list(pool.answers)))
     assert outcomes["fine"] == outcomes["once"] == good
     assert pool.given.count("always") == sweeps.ATTEMPTS
     assert "BrokenProcessPool: died" in outcomes["always"].cause

@@ -1,0 +1,410 @@
+"""Controls: the same experiment where it should do nothing, run beside it, with what could not be matched said.
+
+METHOD: an effect counts only against what would have happened anyway. Ordinary tokens score near 0 and cannot fall, so
+differences to controls are taken in log-odds; the unit is the prompt (`statistics.difference_to_controls`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from sink_circuits import statistics
+from sink_circuits.detection import Sinks
+from sink_circuits.errors import InputError, ModelError, ResultError
+from sink_circuits.experiments import Effect, mean_contributions, measure, resolve_layers
+from sink_circuits.interventions import Edit, custom, random_perturbation, replace, zero
+from sink_circuits.models import adapt, backend_of, load_model
+from sink_circuits.prompts import Tokens, as_tokens
+from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.runs import run_clean
+from sink_circuits.scores import MIN_QUERIES
+
+SKIP_FIRST = 4
+"""Positions at the start of a text that are never controls: the primary and its candidates."""
+REACH = 64
+"""Farthest a control of the same position range may stand from its sink."""
+NORM_RATIO = 1.5
+"""A control matched by norm has at most so many times the sink's norm, and at least its inverse."""
+N_RANDOM = 20
+"""Random perturbations of equal norm: with 20, beyond all of them is p = 1/21."""
+
+POSITION_CONTROLS = ("same token", "same range", "norm matched")
+CONTROLS = (*POSITION_CONTROLS, "wrong layer", "attention output", "random model")
+"""Controls with one value per sink; random perturbations have one per draw."""
+
+Intervention = Callable[[int, pd.Series], Edit]
+"""(layer, row of the sink table) -> an edit: `lambda layer, sink: rescale(layer, sink.pos, 2)`."""
+
+
+def zero_sink(layer: int, sink: pd.Series) -> Edit:
+    """The default intervention: the MLP writes nothing at the sink."""
+    return zero(layer, int(sink["pos"]))
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Effects of one experiment, and of its controls, each a mean over heads and the layers that read the sink.
+
+    `data`: `effect_<outcome>` [sink, edit], `control_<outcome>` [sink, control, edit] (NaN: not matched),
+    `random_<outcome>` [sink, draw, edit]; outcomes "log_odds" and "score". `matches`: one row per sink and control with
+    the position or layers taken, or the `reason` why there is none. `effect`: the treated sinks' full result; None in
+    a loaded one (save it by itself).
+    """
+
+    data: xr.Dataset
+    table: pd.DataFrame
+    matches: pd.DataFrame
+    manifest: Manifest
+    effect: Effect | None = None
+
+    def compare(self, outcome: str = "log_odds", confidence: float = 0.95) -> pd.DataFrame:
+        """One row per edit and control: effect, control's effect and their difference over prompts.
+
+        Columns: edit, control, effect, control_effect (means over the prompts with both), difference, low, high (bootstrap
+        over prompts), p, smallest_p (sign-flip, two-sided), n_prompts, n_sinks, n_unmatched, and for random perturbations
+        rank: 1 when the mean effect is beyond every draw's, on its own side. Raises InputError for an unknown outcome.
+        """
+        if f"effect_{outcome}" not in self.data:
+            raise InputError(f"outcome {outcome!r} was not measured: there are log_odds and score.")
+        prompts, rows = self.table["prompt"], []
+        for edit in self.data["edit"].values:
+            effects = self.data[f"effect_{outcome}"].sel(edit=edit).to_numpy()
+            random = self.data[f"random_{outcome}"].sel(edit=edit).to_numpy()
+            by_name = {
+                str(c): self.data[f"control_{outcome}"].sel(edit=edit, control=c).to_numpy()
+                for c in self.data["control"].values
+            }
+            for name, controls in {**by_name, "random perturbation": random}.items():
+                found = statistics.difference_to_controls(
+                    effects, controls, prompts, name=f"{name}/{outcome}/{edit}", confidence=confidence
+                )
+                per_sink = controls if controls.ndim == 1 else _row_means(controls)
+                both = np.isfinite(effects) & np.isfinite(per_sink)
+                row = {
+                    "edit": edit, "control": name, "effect": _mean(effects[both], prompts[both]),
+                    "control_effect": _mean(per_sink[both], prompts[both]), "difference": found.estimate.mean,
+                    "low": found.estimate.low, "high": found.estimate.high, "p": found.test.p, "smallest_p": found.test.smallest_p,
+                    "n_prompts": found.estimate.n, "n_sinks": found.n_sinks, "n_unmatched": found.n_unmatched, "rank": np.nan,
+                }  # fmt: skip
+                if controls.ndim == 2 and both.any():
+                    draws = np.array([_mean(draw[both], prompts[both]) for draw in controls.T])
+                    side = "less" if row["effect"] < 0 else "greater"
+                    row["rank"] = statistics.rank_among_controls(row["effect"], draws, alternative=side).statistic
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long format: one row per sink, edit and control (draws one by one), with both outcomes."""
+        frames = []
+        for kind, dim in (("effect", None), ("control", "control"), ("random", "draw")):
+            columns = {o: self.data[f"{kind}_{o}"].to_series() for o in ("log_odds", "score")}
+            frame = pd.DataFrame(columns).reset_index()
+            named = "treated" if dim is None else frame[dim].astype(str).radd("" if kind == "control" else "random ")
+            frames.append(frame.assign(control=named)[["sink", "edit", "control", "log_odds", "score"]])
+        return pd.concat(frames, ignore_index=True).join(self.table[["prompt", "pos", "token", "kind"]], on="sink")
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
+        meta = {
+            "kind": "controls", "table": self.table.to_dict(orient="list"), "matches": self.matches.to_dict(orient="list"),
+            "manifest": self.manifest.to_dict(),
+        }  # fmt: skip
+        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> Controlled:
+        """Read what `save` wrote. Raises ResultError for any other file."""
+        data, meta = read_dataset(path)
+        if meta.get("kind") != "controls":
+            raise ResultError(f"{path} is not a result with controls: check the path.")
+        table, matches = pd.DataFrame(meta["table"]), pd.DataFrame(meta["matches"])
+        return Controlled(data, table, matches, Manifest.from_dict(meta["manifest"]))
+
+    def __repr__(self) -> str:
+        table = self.compare().to_string(index=False, float_format=lambda x: f"{x:.3g}")
+        return f"Controlled({len(self.table)} sinks in {self.table['prompt'].nunique()} prompts, effects in log-odds)\n{table}"
+
+
+def match_positions(
+    model, tokens: Tokens, sinks: Sinks, found: Sinks | None = None, *, path: str = "auto"
+) -> pd.DataFrame:
+    """For every sink and position control the token that stands in for it: columns sink, control, pos, norm_ratio, reason.
+
+    Candidates are tokens of the same text that are never a sink (in `found`, all sinks of these prompts; `sinks` when
+    None), do not stand among the first `SKIP_FIRST`, and have later queries enough for a score. "same token": the same
+    token id, the nearest; "same range": another token within `REACH` positions, the nearest; "norm matched": the norm
+    of resid_post[l_start] nearest to the sink's, within a factor `NORM_RATIO`. Ties go to the earlier. `pos` is -1 and
+    `reason` says why where there is none; `norm_ratio` is the control's norm over the sink's.
+    """
+    taken = pd.concat([sinks.table, (found or sinks).table])[["prompt", "pos", "primary_pos"]]
+    rows = []
+    for name, ids in zip(tokens.names, tokens.ids, strict=True):
+        own = sinks.table[sinks.table["prompt"] == name]
+        if not len(own):
+            continue
+        clean = run_clean(model, ids, resumable=False, path=path)
+        here = taken[taken["prompt"] == name]
+        free = torch.ones(len(ids), dtype=torch.bool)
+        free[: min(SKIP_FIRST, len(ids))] = False
+        free[max(0, len(ids) - MIN_QUERIES) :] = False
+        free[sorted({*here["pos"], *here["primary_pos"]})] = False
+        for index, row in own.iterrows():
+            norm = clean.resid_post(int(row["l_start"])).float().norm(dim=-1).cpu()
+            ratio = norm / norm[int(row["pos"])].clamp(min=1e-12)
+            for control, (pos, reason) in _matched(row, ids.cpu(), free, ratio).items():
+                value = float(ratio[pos]) if pos >= 0 else np.nan
+                rows.append({"sink": index, "control": control, "pos": pos, "norm_ratio": value, "reason": reason})
+    return pd.DataFrame(rows, columns=["sink", "control", "pos", "norm_ratio", "reason"])
+
+
+def _matched(row, ids, free, ratio) -> dict[str, tuple[int, str]]:
+    pos = int(row["pos"])
+    distance = (torch.arange(len(ids)) - pos).abs()
+    same = ids == ids[pos]
+    far = (ratio.clamp(min=1e-12).log()).abs()
+
+    def nearest(candidates, measure, reason: str) -> tuple[int, str]:
+        if not candidates.any():
+            return -1, reason
+        return int(torch.where(candidates, measure.double(), torch.inf).argmin()), ""
+
+    closest = float(ratio[free][far[free].argmin()]) if free.any() else np.nan
+    return {
+        "same token": nearest(free & same, distance, "the same token does not occur where it is no sink"),
+        "same range": nearest(
+            free & ~same & (distance <= REACH), distance, f"no other ordinary token within {REACH} positions"
+        ),
+        "norm matched": nearest(
+            free & (far <= np.log(NORM_RATIO)), far, f"the nearest ordinary norm is {closest:.2g} times the sink's"
+        ),
+    }
+
+
+def with_controls(
+    model, tokens, sinks: Sinks, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
+    interventions: Mapping[str, Intervention] | None = None, found: Sinks | None = None, n_random: int = N_RANDOM, random_model=None,
+    verbose: bool = True, **options,
+) -> Controlled:  # fmt: skip
+    """An experiment at the sinks and beside it the same one at every control (METHOD, "Controls").
+
+    `interventions`: label -> (layer, row of the sink table) -> Edit; zeroing when None. `layer`, `layers`, `forming` as in `ablate`.
+    Position controls (`match_positions`): the same edit at a token that is no sink. "wrong layer": at the sink, as many
+    other layers, drawn by name from those up to l_end. "attention output": what attention wrote at the sink is taken
+    from the residual stream in the MLP's place. "random model": the same edit in `random_model` (`randomly_initialised`),
+    where given. Random perturbations: `n_random` changes of the same norm in directions drawn by name. `found`: all
+    sinks of these prompts, none of which may be a control. Other options as in `measure`. Raises InputError.
+    """
+    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
+        raise InputError(f"n_random = {n_random!r}: a whole number, at least 0; 20 allow p <= 0.05.")
+    if options.get("together") or options.get("attention_mask") is not None or options.get("clean_cache") is not None:
+        raise InputError(
+            "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
+        )
+    interventions = {"zero": zero_sink} if interventions is None else dict(interventions)
+    tokens = as_tokens(model, tokens)
+    table = sinks.table.reset_index(drop=True)
+    treated = Sinks(table, sinks.prompts, sinks.manifest)
+    layers_of = resolve_layers(model, layer, None if layers is None else tuple(layers), forming)
+    own_layers = [layers_of(row) for _, row in table.iterrows()]
+    path = options.get("path", "auto")
+    labels = list(interventions)
+    shared = {**options, "verbose": verbose}
+
+    def edits_at(layers_by_sink: Sequence[Sequence[int]], of: Sequence[int] | None = None):
+        def edits(label, row: pd.Series) -> tuple[Edit, ...]:
+            number = cast(int, row.name)  # the table's index counts its rows
+            index = number if of is None else of[number]
+            return tuple(interventions[label](one, row) for one in layers_by_sink[index])
+
+        return edits
+
+    settings = {"layers": str(layer if layers is None else list(layers)), "n_random": n_random}
+    effect = measure(model, tokens, treated, labels, edits_at(own_layers), what="treated", settings=settings, **shared)
+    matches = [match_positions(model, tokens, treated, found, path=path)]
+    values = {
+        outcome: {"control": _nans(table, CONTROLS, labels), "random": _nans(table, range(n_random), labels)}
+        for outcome in ("log_odds", "score")
+    }
+
+    def note(kind: str, name, measured: Effect, of: Sequence[int]) -> None:
+        for outcome, arrays in values.items():
+            arrays[kind].loc[{("control" if kind == "control" else "draw"): name, "sink": list(of)}] = (
+                measured.over_lifetime(outcome).to_numpy()
+            )
+
+    for control in POSITION_CONTROLS:
+        stand_ins = matches[0][(matches[0]["control"] == control) & (matches[0]["pos"] >= 0)]
+        if len(stand_ins):
+            of = stand_ins["sink"].tolist()
+            at = _moved(treated, tokens, of, stand_ins["pos"].tolist(), control)
+            note(
+                "control",
+                control,
+                measure(model, tokens, at, labels, edits_at(own_layers, of), what=control, **shared),
+                of,
+            )
+    wrong = [_wrong_layers(row, own) for (_, row), own in zip(table.iterrows(), own_layers, strict=True)]
+    matches.append(_layer_matches("wrong layer", wrong, "no other layers up to l_end"))
+    if of := [index for index, one in enumerate(wrong) if one]:
+        at = Sinks(table.iloc[of].reset_index(drop=True), sinks.prompts, sinks.manifest)
+        note(
+            "control",
+            "wrong layer",
+            measure(model, tokens, at, labels, edits_at(wrong, of), what="wrong layer", **shared),
+            of,
+        )
+    written = _attention_writes(model, tokens, table, own_layers, path)
+
+    def without_attention(label, row: pd.Series) -> tuple[Edit, ...]:
+        index, position = cast(int, row.name), int(row["pos"])
+        return tuple(
+            custom(layer, position, partial(_take_away, written[index][layer]), "without attention")
+            for layer in own_layers[index]
+        )
+
+    instead = measure(model, tokens, treated, ["attention"], without_attention, what="attention output", **shared)
+    matches.append(_layer_matches("attention output", own_layers, ""))
+    for label in labels:  # whatever the intervention, in attention's place it is a removal
+        for outcome, arrays in values.items():
+            removal = instead.over_lifetime(outcome).sel(edit="attention").to_numpy()
+            arrays["control"].loc[{"control": "attention output", "edit": label}] = removal
+    if random_model is not None:
+        at_random = {**shared, "path": "auto"}
+        untrained = measure(
+            random_model, tokens, treated, labels, edits_at(own_layers), what="random model", **at_random
+        )
+        note("control", "random model", untrained, range(len(table)))
+    random_layers = own_layers if random_model is not None else [()] * len(table)
+    matches.append(_layer_matches("random model", random_layers, "no random model was given"))
+    if n_random:
+        _random_draws(model, tokens, treated, edits_at(own_layers), labels, n_random, note, shared)
+    data: dict[str, Any] = {f"effect_{o}": (("sink", "edit"), effect.over_lifetime(o).to_numpy()) for o in values}
+    for outcome, arrays in values.items():
+        data |= {f"control_{outcome}": arrays["control"].variable, f"random_{outcome}": arrays["random"].variable}
+    coords = {"sink": np.arange(len(table)), "edit": labels, "control": list(CONTROLS), "draw": np.arange(n_random)}
+    manifest = Manifest.of(
+        adapt(model), tokens, what="controls", path=effect.manifest.path, found=dict(sinks.manifest.settings),
+        reach=REACH, norm_ratio=NORM_RATIO, **settings,
+    )  # fmt: skip
+    return Controlled(xr.Dataset(data, coords=coords), table, pd.concat(matches, ignore_index=True), manifest, effect)
+
+
+def removals(model, tokens, sinks: Sinks, method: str, *, path: str = "auto") -> dict[str, Intervention]:
+    """`ablate`'s methods as interventions: {"zero": ...} or {"mean": ...}, the mean over ordinary tokens of these prompts."""
+    if method == "zero":
+        return {"zero": zero_sink}
+    if method != "mean":
+        raise InputError(f"method {method!r} is unknown: use 'zero' or 'mean'.")
+    donors = mean_contributions(model, tokens, sinks, path=path)
+    return {"mean": lambda layer, sink: replace(layer, int(sink["pos"]), donors[layer], "mean")}
+
+
+def randomly_initialised(model, name: str = "random model"):
+    """A model of the same shape and configuration with random weights, drawn from `name`; the same backend and tokenizer.
+
+    Raises ModelError when the architecture cannot be built from its configuration alone.
+    """
+    adapter = adapt(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(statistics.seed_of("initialise", name) % 2**63)
+        if backend_of(model) == "hooked":
+            from transformer_lens import HookedTransformer
+
+            config = copy.deepcopy(model.cfg)
+            config.init_weights, config.seed = True, None  # drawn from the seed above
+            return HookedTransformer(config, tokenizer=adapter.tokenizer).eval()
+        original = model.original_model
+        try:
+            random = type(original)._from_config(copy.deepcopy(original.config), dtype=adapter.cfg.dtype)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"a random {type(original).__name__} cannot be made from its configuration ({error}): leave this control out."
+            ) from error
+    return load_model(random.eval(), tokenizer=adapter.tokenizer, verbose=False)
+
+
+def _random_draws(model, tokens, treated: Sinks, edits, labels, n_random: int, note, shared) -> None:
+    pairs = [(draw, label) for draw in range(n_random) for label in labels]
+
+    def perturbed(index: int, row: pd.Series) -> tuple[Edit, ...]:
+        draw, label = pairs[index]
+        return tuple(random_perturbation(edit, row["prompt"], draw) for edit in edits(label, row))
+
+    measured = measure(model, tokens, treated, range(len(pairs)), perturbed, what="random perturbation", **shared)
+    for draw in range(n_random):
+        own = [i for i, pair in enumerate(pairs) if pair[0] == draw]
+        part = Effect("random perturbation", measured.data.sel(edit=own), measured.table, measured.manifest)
+        note("random", draw, part, range(len(measured.table)))
+
+
+def _moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
+    """The sinks' rows at other positions: their layers and primary stay, so that the same cells are read."""
+    table = sinks.table.iloc[list(of)].reset_index(drop=True).assign(pos=list(positions), kind=control)
+    ids = [int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)]
+    return Sinks(table.assign(token_id=ids), sinks.prompts, sinks.manifest)
+
+
+def _take_away(written: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
+    return contribution - written.to(contribution)
+
+
+def _wrong_layers(row: pd.Series, own: Sequence[int]) -> tuple[int, ...]:
+    others = [layer for layer in range(int(row["l_end"]) + 1) if layer not in own]
+    if len(others) < len(own):
+        return ()
+    rng = np.random.default_rng(statistics.seed_of("wrong layer", row["prompt"], row["pos"], *own))
+    return tuple(sorted(int(x) for x in rng.choice(others, size=len(own), replace=False)))
+
+
+def _layer_matches(control: str, layers: Sequence[Sequence[int]], reason: str) -> pd.DataFrame:
+    rows = [
+        {"sink": i, "control": control, "pos": -1, "norm_ratio": np.nan, "reason": "" if own else reason, "layers": str(list(own))}
+        for i, own in enumerate(layers)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _attention_writes(model, tokens, table, own_layers, path: str) -> list[dict[int, torch.Tensor]]:
+    """What attention adds to the residual stream at every sink, by layer: base less resid_pre."""
+    writes: list[dict[int, torch.Tensor]] = [{} for _ in range(len(table))]
+    for name, ids in zip(tokens.names, tokens.ids, strict=True):
+        rows = np.flatnonzero(table["prompt"] == name)
+        if not len(rows):
+            continue
+        clean = run_clean(model, ids, path=path)
+        first: list[torch.Tensor] = []
+        hook = [("blocks.0.hook_resid_pre", lambda value, hook, first=first: first.append(value[0].detach().clone()))]
+        adapt(model).model.run_with_hooks(ids[None], fwd_hooks=hook, stop_at_layer=1)
+        for index in rows:
+            pos = int(table["pos"].iloc[index])
+            for layer in own_layers[index]:
+                before = clean.resid_post(layer - 1)[pos] if layer else first[0][pos]
+                writes[index][layer] = clean.base[layer, pos] - before
+    return writes
+
+
+def _nans(table: pd.DataFrame, along: Sequence, labels: Sequence) -> xr.DataArray:
+    dim = "control" if along is CONTROLS else "draw"
+    coords = {"sink": np.arange(len(table)), dim: list(along), "edit": list(labels)}
+    return xr.DataArray(np.full((len(table), len(along), len(labels)), np.nan), coords, ("sink", dim, "edit"))
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    counts = np.isfinite(values).sum(axis=1)
+    return np.where(counts > 0, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
+
+
+def _mean(values: np.ndarray, prompts) -> float:
+    means = statistics.prompt_means(values, prompts)
+    return float(means.mean()) if len(means) else np.nan

@@ -1,0 +1,243 @@
+"""Effects: what an experiment returns, clean and edited outcomes on named axes, and what two experiments say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from sink_circuits import statistics
+from sink_circuits.errors import InputError, ResultError
+from sink_circuits.outcomes import CHECKS, in_order
+from sink_circuits.results import Manifest, read_dataset, write_dataset
+
+_AXES = ("sink", "edit", "layer", "head")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Clean and edited outcomes of one experiment.
+
+    `data` (xarray): for each outcome the clean value `clean_<outcome>` [sink, ...] and the edited one `<outcome>`
+    [sink, edit, ...], with the axes layer and head that the outcome has: built-in ones are listed in
+    `outcomes.BUILT_IN`, a user's own stand beside them. So do the manipulation checks `norm` and `cosine` (with the clean
+    primary, raw) of the treated position's resid_post [sink, edit, layer]. Attention in layers at or below the first
+    edited one is exactly the clean one. `first_layer`, `last_edited` [sink, edit]: the outermost edited layers. `table`:
+    one row per sink.
+    """
+
+    kind: str
+    data: xr.Dataset
+    table: pd.DataFrame
+    manifest: Manifest
+
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """What was measured, manipulation checks aside: built-in outcomes as listed, then a user's own by name."""
+        return tuple(name for name in self._measured() if name not in CHECKS)
+
+    def _measured(self) -> list[str]:
+        names = [str(name) for name in self.data.data_vars]
+        return in_order(name.removeprefix("clean_") for name in names if name.startswith("clean_"))
+
+    def effect(self, outcome: str = "score") -> xr.DataArray:
+        """Edited minus clean, [sink, edit] and the outcome's own axes. Raises InputError for an unknown outcome."""
+        if f"clean_{outcome}" not in self.data:
+            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(self._measured())}.")
+        return self.data[outcome] - self.data[f"clean_{outcome}"]
+
+    def reading(self) -> xr.DataArray:
+        """Which layers read the sink and lie above the edit: l_start+1..l_end+1 and > first edited layer; [sink, edit, layer]."""
+        layer = self.data["layer"]
+        start = xr.DataArray(self.table["l_start"].to_numpy(), dims="sink")
+        end = xr.DataArray(self.table["l_end"].to_numpy(), dims="sink")
+        return (layer > start) & (layer <= end + 1) & (layer > self.data["first_layer"])
+
+    def over_lifetime(self, outcome: str = "score", what: str = "effect") -> xr.DataArray:
+        """Mean over heads and over the layers that read the sink above the edit, [sink, edit]; NaN where there are none.
+
+        An outcome without heads or layers is not averaged over them. `what`: "effect", "edited" or "clean".
+        """
+        difference = self.effect(outcome)
+        values = {
+            "effect": difference,
+            "edited": self.data[outcome],
+            "clean": self.data[f"clean_{outcome}"].broadcast_like(difference),
+        }
+        if what not in values:
+            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
+        if outcome in CHECKS:
+            raise InputError(f"{outcome!r} is a manipulation check, no outcome: read effect.data[{outcome!r}].")
+        return _lifetime_mean(values[what], self.reading())
+
+    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per edit and outcome: mean over prompts of the effect over the lifetime, with its bootstrap interval.
+
+        Columns: edit, outcome, clean, edited, effect, low, high (over prompts), n_prompts, n_sinks. Intervals are NaN
+        for a single prompt.
+        """
+        rows = []
+        for outcome in self.outcomes:
+            effects = self.over_lifetime(outcome)
+            clean = self.over_lifetime(outcome, "clean")
+            for edit in self.data["edit"].values:
+                values = effects.sel(edit=edit).to_numpy()
+                name = f"{self.kind}/{outcome}/{edit}"
+                estimate = statistics.bootstrap_over_prompts(
+                    values, self.table["prompt"], name=name, confidence=confidence
+                )
+                base = statistics.prompt_means(
+                    np.where(np.isnan(values), np.nan, clean.sel(edit=edit).to_numpy()), self.table["prompt"]
+                )
+                clean_mean = float(base.mean()) if len(base) else np.nan
+                rows.append(
+                    {
+                        "edit": edit, "outcome": outcome, "clean": clean_mean, "edited": clean_mean + estimate.mean,
+                        "effect": estimate.mean,
+                        "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n, "n_sinks": int(np.isfinite(values).sum()),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def forming(self, max_layer_of: str = "l_end") -> pd.Series:
+        """Each sink's forming layer: the edit (a layer) that lowers its log-odds most over its lifetime, up to l_end.
+
+        Only for a layer map. A layer whose removal another can make up for is found only by joint edits.
+        """
+        if self.kind != "layer_map":
+            raise InputError(
+                f"forming layers are read from a layer map, this is a {self.kind}: use layer_map(...).forming()."
+            )
+        effects = self.over_lifetime("log_odds").to_numpy().copy()
+        edits = self.data["edit"].to_numpy()
+        effects[edits[None, :] > self.table[max_layer_of].to_numpy()[:, None]] = np.nan
+        if np.isnan(effects).all(axis=1).any():
+            raise InputError(
+                "a sink has no layer with a defined effect: it stands too near the end of its text; leave it out."
+            )
+        return pd.Series(edits[np.nanargmin(effects, axis=1)].astype(int), index=self.table.index, name="forming")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long format, one row per sink, edit, outcome, layer and head (<NA> where the outcome has none): edited, clean, effect."""
+        frames = []
+        for outcome in self.outcomes:
+            edited, clean = (self.data[name] for name in (outcome, f"clean_{outcome}"))
+            frame = xr.Dataset({"edited": edited, "clean": clean.broadcast_like(edited)}).to_dataframe().reset_index()
+            frames.append(frame.assign(outcome=outcome))
+        frame = pd.concat(frames, ignore_index=True)
+        frame["effect"] = frame["edited"] - frame["clean"]
+        frame = frame.reindex(columns=["outcome", *_AXES, "edited", "clean", "effect"])
+        frame = frame.astype({"layer": "Int64", "head": "Int64"})
+        sinks = self.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]]
+        return frame.join(sinks, on="sink")
+
+    def plot(self, outcome: str = "score"):
+        """The experiment's figure (plotly)."""
+        from sink_circuits import figures
+
+        return figures.effect_figure(self, outcome)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
+        meta = {"kind": self.kind, "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
+        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> Effect:
+        """Read what `save` wrote. Raises ResultError for any other file."""
+        data, meta = read_dataset(path)
+        if not {"kind", "table", "manifest"} <= set(meta):
+            raise ResultError(f"{path} is not an experiment's result: check the path.")
+        return Effect(meta["kind"], data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
+
+    def __repr__(self) -> str:
+        prompts = self.table["prompt"].nunique()
+        edits = self.data["edit"].values.tolist()
+        summary = self.summary().to_string(float_format=lambda x: f"{x:.4g}")
+        return f"Effect({self.kind}: {len(self.table)} sinks in {prompts} prompts, edits {edits})\n{summary}"
+
+
+def _lifetime_mean(values: xr.DataArray, reading: xr.DataArray) -> xr.DataArray:
+    means = values.mean("head") if "head" in values.dims else values
+    return means.where(reading).mean("layer") if "layer" in values.dims else means
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """What it does to a sink that the other sinks of its prompt are edited in the same run.
+
+    `table`: one row per sink, edit and outcome, means over heads and the layers that read the sink above its own edit:
+    `separate` (only this sink edited), `together` (all), `interaction` = together - separate, and `n_joint`, how many
+    sinks were edited together: where it is 1 there is nothing to interact with.
+    """
+
+    table: pd.DataFrame
+
+    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per edit and outcome: means over prompts, the interaction with its bootstrap interval over prompts.
+
+        Columns: edit, outcome, separate, together, interaction, low, high, n_prompts, n_sinks, and n_alone: sinks alone
+        in their prompt, which are left out.
+        """
+        rows = []
+        for (edit, outcome), group in self.table.groupby(["edit", "outcome"], sort=False):
+            joint = group[(group["n_joint"] > 1) & group["interaction"].notna()]
+            estimate = statistics.bootstrap_over_prompts(
+                joint["interaction"], joint["prompt"], name=f"interaction/{outcome}/{edit}", confidence=confidence
+            )
+            means = joint.groupby("prompt")[["separate", "together"]].mean().mean()
+            rows.append(
+                {
+                    "edit": edit, "outcome": outcome, "separate": means["separate"], "together": means["together"],
+                    "interaction": estimate.mean, "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n,
+                    "n_sinks": len(joint), "n_alone": int((group["n_joint"] == 1).sum()),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return f"Interaction\n{self.summary().to_string(float_format=lambda x: f'{x:.4g}')}"
+
+
+def interaction(separate: Effect, together: Effect) -> Interaction:
+    """The difference between editing all sinks of a prompt in one run and one sink per run, sink by sink.
+
+    `separate` and `together`: the same experiment, without and with `together=True`. Raises InputError where they differ
+    in anything else.
+    """
+    for effect, name, joint in ((separate, "separate", False), (together, "together", True)):
+        if bool(effect.manifest.settings.get("together")) is not joint:
+            raise InputError(f"{name} was run with together={not joint}: run it with together={joint}.")
+    for what, one, other in zip(_COMPARED, _compared(separate), _compared(together), strict=True):
+        if one != other:
+            raise InputError(f"the two experiments differ in {what}: run the same one with together=False and True.")
+    outcomes = [name for name in separate.outcomes if name in together.outcomes]
+    n_joint = separate.table.groupby("prompt")["pos"].transform("size")
+    sinks = separate.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]].assign(n_joint=n_joint)
+    frames = []
+    for outcome in outcomes:
+        values = xr.Dataset(
+            {
+                "separate": separate.over_lifetime(outcome, "edited"),
+                "together": _lifetime_mean(together.data[outcome], separate.reading()),  # the same layers
+            }
+        )
+        frame = values.to_dataframe().reset_index().assign(outcome=outcome)
+        frames.append(frame[["sink", "edit", "outcome", "separate", "together"]])
+    table = pd.concat(frames, ignore_index=True)
+    table["interaction"] = table["together"] - table["separate"]
+    return Interaction(table.join(sinks, on="sink"))
+
+
+_COMPARED = ("the experiment", "the edits", "the sinks", "the model", "the tokens", "the settings")
+
+
+def _compared(effect: Effect) -> Sequence:
+    settings = {name: value for name, value in effect.manifest.settings.items() if name != "together"}
+    sinks = effect.table[["prompt", "pos", "l_start", "l_end"]].to_dict(orient="list")
+    manifest = effect.manifest
+    return effect.kind, effect.data["edit"].values.tolist(), sinks, manifest.weights, manifest.tokens, settings

@@ -1,0 +1,147 @@
+"""Holds: activations kept at their clean values in an edited run, so that what would have passed through them does not.
+
+An edited run with holds shares its batch with an unedited row, row 0; a hold writes that row's activation into its own
+row. So both rows come from the same kernels, and where nothing differs nothing changes, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sink_circuits.errors import InputError
+from sink_circuits.interventions import Edit, _positions, _whole
+from sink_circuits.models import Adapter
+
+HOLDABLE = ("q", "k", "v", "attn_out", "mlp_out", "resid_post")
+"""What can be held, as TransformerLens names it: queries, keys and values of every head, what attention and MLP add to
+the residual stream, and the residual stream behind a block."""
+
+Held = Callable[[Tensor, int], Tensor]
+"""(activation, its axis of positions) -> the activation with row 0's values in the rows that hold it; axis 0 is the batch."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Keep `what` (`HOLDABLE`) at its clean value in these layers, at these positions.
+
+    `layers`: None for all above the first edited one; lower ones among those named hold clean values anyway.
+    `positions`: numbers, None for all, "treated" for those that the run edits, "others" for the rest. Where an edited MLP's output
+    is held too, the edit is made of the clean contribution.
+    """
+
+    what: str
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | str | None = None
+
+    def __post_init__(self):
+        if self.what not in HOLDABLE:
+            raise InputError(f"{self.what!r} cannot be held: use one of {', '.join(HOLDABLE)}.")
+        if self.layers is not None:
+            layers = [self.layers] if not isinstance(self.layers, Iterable) else self.layers
+            object.__setattr__(self, "layers", tuple(_whole(layer, "layer") for layer in layers))
+            if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
+                raise InputError(f"a hold of layers {self.layers}: name each once, counted from 0, at least one.")
+        if isinstance(self.positions, str):
+            if self.positions not in ("treated", "others"):
+                raise InputError(f"positions {self.positions!r} are unknown: use 'treated', 'others', numbers or None.")
+        elif self.positions is not None:
+            object.__setattr__(self, "positions", _positions(self.positions))
+            if not self.positions or min(self.positions) < 0:
+                raise InputError(f"a hold at positions {self.positions}: count from 0, and name at least one.")
+
+    @property
+    def label(self) -> str:
+        """How results name it: "k", "k at treated", "q in layers 6-9", "v in layers 3,5 at 40"."""
+        words = [self.what]
+        if self.layers is not None:
+            first, last = min(self.layers), max(self.layers)
+            whole = len(self.layers) == last - first + 1 > 1
+            words.append(f"in layers {first}-{last}" if whole else f"in layers {','.join(map(str, self.layers))}")
+        if self.positions is not None:
+            at = self.positions if isinstance(self.positions, str) else ",".join(map(str, self.positions))
+            words.append(f"at {at}")
+        return " ".join(words)
+
+    def check(self, edits: Sequence[Edit], n_layers: int, n_positions: int) -> None:
+        """Raises InputError for layers or positions out of range, or when nothing that is held could have changed."""
+        if self.layers is not None and max(self.layers) >= n_layers:
+            raise InputError(f"layer {max(self.layers)} is out of range: the model has layers 0..{n_layers - 1}.")
+        if isinstance(self.positions, tuple) and max(self.positions) >= n_positions:
+            raise InputError(
+                f"position {max(self.positions)} is out of range: the text has positions 0..{n_positions - 1}."
+            )
+        if not edits:
+            raise InputError(f"the hold of {self.label!r} stands in a run without edits, which is clean: add an edit.")
+        first_layer, first = min(e.layer for e in edits), min(p for e in edits for p in e.positions)
+        if not self.reached(first_layer, n_layers):
+            raise InputError(
+                f"the hold of {self.label!r} reaches nothing: up to layer {first_layer}, the first edited one, all is clean; "
+                "hold layers above it."
+            )
+        if isinstance(self.positions, tuple) and max(self.positions) < first:
+            raise InputError(
+                f"the hold of {self.label!r} reaches nothing: before position {first}, the first edited one, all is clean; "
+                "hold later positions."
+            )
+
+    def reached(self, first_layer: int, n_layers: int) -> tuple[int, ...]:
+        """The layers in which it holds anything: those above the first edited one."""
+        layers = range(n_layers) if self.layers is None else self.layers
+        return tuple(layer for layer in layers if first_layer < layer < n_layers)
+
+    def index(self, edits: Sequence[Edit], start: int, n_positions: int) -> Tensor:
+        """The held positions of an activation whose first position is `start`, counted from there."""
+        treated = {p for edit in edits for p in edit.positions}
+        if isinstance(self.positions, tuple):
+            held: Iterable[int] = self.positions
+        elif self.positions == "treated":
+            held = sorted(treated)
+        else:
+            held = [p for p in range(n_positions) if self.positions is None or p not in treated]
+        return torch.tensor([p - start for p in held if p >= start], dtype=torch.long)
+
+
+def hold_functions(
+    rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, start: int, n_layers: int, n_positions: int,
+    counter: list[int],
+) -> dict[int, dict[str, Held]]:  # fmt: skip
+    """For every layer and activation that some row holds, the function that holds it; each adds its holds to `counter`."""
+    cells: dict[int, dict[str, list[tuple[int, Tensor]]]] = {}
+    for row, (edits, holds) in enumerate(rows):
+        for hold in holds:
+            index = hold.index(edits, start, n_positions)
+            for layer in hold.reached(first_layer, n_layers):
+                cells.setdefault(layer, {}).setdefault(hold.what, []).append((row, index))
+    return {
+        layer: {what: _held(members, counter) for what, members in by_what.items()} for layer, by_what in cells.items()
+    }
+
+
+def _held(cells: Sequence[tuple[int, Tensor]], counter: list[int]) -> Held:
+    def function(activation: Tensor, position_axis: int) -> Tensor:
+        held = activation.clone()  # activations alias live tensors
+        view = held.movedim(position_axis, 1)
+        for row, index in cells:
+            view[row, index.to(held.device)] = view[0, index.to(held.device)]
+            counter[0] += 1
+        return held
+
+    return function
+
+
+def n_held(rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, n_layers: int) -> int:
+    """How often the functions of one pass must have held something."""
+    return sum(len(hold.reached(first_layer, n_layers)) for _, holds in rows for hold in holds)
+
+
+def hook_of(adapter: Adapter, what: str, layer: int) -> str:
+    """TransformerLens' hook of an activation that can be held. Raises InputError where the model lacks it."""
+    names = {"mlp_out": adapter.contribution_hook(layer)} | {x: f"blocks.{layer}.attn.hook_{x}" for x in "qkv"}
+    name = names.get(what, f"blocks.{layer}.hook_{what}")
+    if name not in adapter.model.hook_dict:
+        raise InputError(f"{name} is not a hook of this model: {what!r} cannot be held on the reference path.")
+    return name

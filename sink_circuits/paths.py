@@ -1,0 +1,329 @@
+"""Paths: by which way an edit of a contribution reaches the later sink scores of the treated position.
+
+Nested parts of the total effect, each an edited run in which something is held at its clean value (`sink_circuits.holds`):
+
+- `residual`: every later component held. The treated position's residual stream is the clean one plus the change of the
+  edited contribution, everything else is clean; scores change because its keys are read from that stream.
+- `own stream`: the treated position's own attention and MLPs are live, all other positions' residual streams are held.
+- `total`: everything is live.
+
+Beside them, `hold <what>`: the total with keys, queries or values held over a range of layers; what is missing then was
+lost by the hold. Norm scales are recomputed from the changed residual stream in all of them, not held. With edits of
+several layers, the later ones are made of the clean contribution in `residual` (the changes add up), and of the run's own
+in the others. Compare path patching (Wang et al., 2211.00593, section 3.1), which holds what is off the path as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from sink_circuits import statistics
+from sink_circuits.detection import Sinks
+from sink_circuits.errors import InputError, ResultError
+from sink_circuits.experiments import _name, _prepare, _row_budget, _several, measure
+from sink_circuits.holds import Hold
+from sink_circuits.interventions import Contribution, Edit, custom, zero
+from sink_circuits.models import Adapter, adapt
+from sink_circuits.prompts import as_tokens
+from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.runs import CleanRun, EditedRun, run_clean, run_edited
+from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores
+
+OWN_STREAM = (Hold("resid_post", positions="others"),)
+RESIDUAL = (*OWN_STREAM, Hold("attn_out", positions="treated"), Hold("mlp_out", positions="treated"))
+PATHS: Mapping[str, tuple[Hold, ...]] = {"residual": RESIDUAL, "own stream": OWN_STREAM, "total": ()}
+"""The nested paths, from the narrowest to the total, and what is held in each."""
+
+HOLDS = (Hold("k"), Hold("k", positions="treated"), Hold("q"), Hold("v"))
+"""Held by default, one at a time, in all layers above the edit."""
+
+STEPS = {"residual": "residual", "own components": "own stream", "other positions": "total"}
+"""What each path adds to the one before: step -> path. They sum to the total; the last is what the others leave over."""
+
+OUTCOMES = {"score": column_scores, "log_odds": column_log_odds}
+NORM_SCALES = "recomputed"
+
+
+@dataclass(frozen=True)
+class PathEffect:
+    """The nested paths of one edit per sink, and the total with something held.
+
+    `data` (xarray): `score` and `log_odds` of the treated position [sink, run, layer, head] and their clean values
+    `clean_<outcome>` [sink, layer, head]. `run`: "residual", "own stream", "total", and "hold <label>" for every hold.
+    Layers up to the first edited one (`first_layer` [sink]) hold the clean values exactly. `reading` [sink, layer]: the
+    layers that read the sink above the edit, l_start+1..l_end+1. `table`: one row per sink. `norm_scales`: "recomputed"
+    from the changed residual stream.
+    """
+
+    data: xr.Dataset
+    table: pd.DataFrame
+    manifest: Manifest
+    norm_scales: str = NORM_SCALES
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What was held, one run each."""
+        return tuple(str(run).removeprefix("hold ") for run in self.data["run"].values if str(run) not in PATHS)
+
+    def effect(self, outcome: str = "score") -> xr.DataArray:
+        """Edited minus clean, [sink, run, layer, head]. Raises InputError for an unknown outcome."""
+        if outcome not in OUTCOMES:
+            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(OUTCOMES)}.")
+        return self.data[outcome] - self.data[f"clean_{outcome}"]
+
+    def steps(self, outcome: str = "score") -> xr.DataArray:
+        """What each path adds to the one before, [sink, step, layer, head]; the steps sum to the total.
+
+        "residual"; "own components": own stream - residual; "other positions": total - own stream, what the treated
+        position's own stream leaves over.
+        """
+        paths = self.effect(outcome).sel(run=list(PATHS))
+        steps = xr.concat([paths.isel(run=[0]), paths.diff("run")], dim="run")
+        return steps.assign_coords(run=list(STEPS)).rename(run="step")
+
+    def lost(self, outcome: str = "score") -> xr.DataArray:
+        """Total minus the total with something held, [sink, hold, layer, head]: the effect that went through what is held."""
+        effects = self.effect(outcome)
+        held = effects.sel(run=[f"hold {label}" for label in self.holds])
+        lost = effects.sel(run="total", drop=True) - held
+        return lost.assign_coords(run=list(self.holds)).rename(run="hold").transpose("sink", "hold", ...)
+
+    def over_lifetime(self, values: xr.DataArray) -> xr.DataArray:
+        """Mean over heads and over the layers that read the sink above the edit; NaN where there are none."""
+        return values.mean("head").where(self.data["reading"]).mean("layer")
+
+    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per outcome and part: its mean over prompts and its share of the total, with bootstrap intervals.
+
+        Columns: outcome, kind ("path", "step", "hold"), part, effect (of a hold: the effect lost), low, high, share (of
+        the total: ratio of the means), share_low, share_high, n_prompts, n_sinks. Shares may lie outside [0, 1], where
+        parts work against each other. The share's interval is that of the linearised ratio (`ratio_to`).
+        """
+        rows = []
+        for outcome in OUTCOMES:
+            effects = self.over_lifetime(self.effect(outcome))
+            total = effects.sel(run="total").to_numpy()
+            parts = (
+                ("path", "run", effects.sel(run=list(PATHS))),
+                ("step", "step", self.over_lifetime(self.steps(outcome))),
+                ("hold", "hold", self.over_lifetime(self.lost(outcome))),
+            )
+            for kind, dim, values in parts:
+                for label in values[dim].values:
+                    own = values.sel({dim: label}).to_numpy()
+                    name = f"paths/{outcome}/{kind}/{label}"
+                    mean = statistics.bootstrap_over_prompts(
+                        own, self.table["prompt"], name=name, confidence=confidence
+                    )
+                    share = ratio_to(total, own, self.table["prompt"], name=f"{name}/share", confidence=confidence)
+                    rows.append(
+                        {
+                            "outcome": outcome, "kind": kind, "part": label, "effect": mean.mean, "low": mean.low,
+                            "high": mean.high, "share": share.mean, "share_low": share.low, "share_high": share.high,
+                            "n_prompts": mean.n, "n_sinks": int(np.isfinite(own).sum()),
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long format, one row per outcome, sink, run, layer and head: edited, clean, effect, and left_over = total - effect."""
+        frames = []
+        for outcome in OUTCOMES:
+            effect = self.effect(outcome)
+            arrays = {
+                "edited": self.data[outcome], "clean": self.data[f"clean_{outcome}"].broadcast_like(effect),
+                "effect": effect, "left_over": effect.sel(run="total", drop=True) - effect,
+            }  # fmt: skip
+            frames.append(xr.Dataset(arrays).to_dataframe().reset_index().assign(outcome=outcome))
+        frame = pd.concat(frames, ignore_index=True)
+        columns = ["outcome", "sink", "run", "layer", "head", "edited", "clean", "effect", "left_over"]
+        return frame[columns].join(self.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]], on="sink")
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
+        meta = {
+            "kind": "paths", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
+            "norm_scales": self.norm_scales,
+        }  # fmt: skip
+        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> PathEffect:
+        """Read what `save` wrote. Raises ResultError for any other file."""
+        data, meta = read_dataset(path)
+        if meta.get("kind") != "paths":
+            raise ResultError(f"{path} is not a result with paths: check the path.")
+        manifest = Manifest.from_dict(meta["manifest"])
+        return PathEffect(data, pd.DataFrame(meta["table"]), manifest, meta["norm_scales"])
+
+    def __repr__(self) -> str:
+        head = f"PathEffect({len(self.table)} sinks in {self.table['prompt'].nunique()} prompts, norm scales {self.norm_scales})"
+        return f"{head}\n{self.summary().to_string(float_format=lambda x: f'{x:.4g}')}"
+
+
+def path_effects(
+    model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
+    intervention: str | Callable[[Contribution], Contribution] = "zero", holds: Sequence[Hold] = HOLDS, **options,
+) -> PathEffect:  # fmt: skip
+    """By which paths an intervention on one MLP, or a joint set, reaches the sinks' later scores.
+
+    `intervention`: "zero" or a function of the contribution [pos, d_model]. `layer`, `layers`, `forming` as in `ablate`;
+    `holds`: what is held clean, one run each. Options (`OPTIONS`) as in `measure`. Takes one row for the total and
+    3 + len(holds) for the others. Raises InputError, also for a hold that reaches nothing.
+    """
+    name = _name(intervention, "intervention", ("zero",))
+    check_options(options)
+    layers = None if layers is None else _several(layers)
+    _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
+    settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
+    edits_of = edits_at(intervention, name, layers_of)
+    return measure_paths(model, tokens, sinks, edits_of, holds=holds, settings=settings, **options)
+
+
+OPTIONS = ("min_queries", "batch_size", "attention_mask", "clean_cache", "path", "verbose")
+"""Options of `measure` that paths and mass accounts take too."""
+
+
+def check_options(options: Mapping) -> None:
+    """Raises InputError for an option that is none of `OPTIONS`."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise InputError(f"option {unknown[0]!r} is unknown here: there are {', '.join(OPTIONS)}.")
+
+
+def edits_at(
+    intervention: str | Callable[[Contribution], Contribution], name: str, layers_of: Callable[[pd.Series], Sequence[int]]
+) -> Callable[[pd.Series], tuple[Edit, ...]]:  # fmt: skip
+    """Row of the sink table -> "zero", or a function of the contribution, in that sink's layers."""
+
+    def edits_of(row: pd.Series) -> tuple[Edit, ...]:
+        if isinstance(intervention, str):
+            return tuple(zero(one, int(row.pos)) for one in layers_of(row))
+        return tuple(custom(one, int(row.pos), intervention, name) for one in layers_of(row))
+
+    return edits_of
+
+
+def measure_paths(
+    model, tokens, sinks: Sinks, edits_of: Callable[[pd.Series], Sequence[Edit]], *, holds: Sequence[Hold] = HOLDS,
+    min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
+    verbose: bool = True, settings: Mapping | None = None,
+) -> PathEffect:  # fmt: skip
+    """`path_effects` of any edits: `edits_of(row of the sink table)` are those of that sink's run.
+
+    The total is what `measure` gives for the same edits. Edits that leave every clean contribution as it is, to the bit,
+    are the clean run: copied, all effects exactly 0. All edits and holds are checked before the first forward pass.
+    """
+    adapter = adapt(model)
+    holds = tuple(_check_hold(hold) for hold in holds)
+    if len({hold.label for hold in holds}) < len(holds):
+        raise InputError(f"holds {[hold.label for hold in holds]}: name each once.")
+    given, tokens = tokens, as_tokens(model, tokens, attention_mask)
+    runs = {**PATHS, **{f"hold {hold.label}": (hold,) for hold in holds}}
+    lengths = {name: len(ids) for name, ids in zip(tokens.names, tokens.ids, strict=True)}
+
+    def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
+        own = tuple(edits_of(row))
+        for edit in own:
+            edit.check(adapter.n_layers, lengths[row.prompt])
+        for hold in (hold for held in runs.values() for hold in held):
+            _check_reach(hold, own, row, adapter.n_layers, lengths[row.prompt])
+        return own
+
+    total = measure(
+        model, given, sinks, ["total"], edits, what="paths", min_queries=min_queries, batch_size=batch_size, path=path,
+        attention_mask=attention_mask, clean_cache=clean_cache, verbose=False,
+        settings={**(settings or {}), "holds": [hold.label for hold in holds], "norm_scales": NORM_SCALES},
+    )  # fmt: skip
+    table = total.table
+    values = {name: np.repeat(total.data[name].to_numpy(), len(runs), axis=1) for name in OUTCOMES}
+    held_runs = [(index, held) for index, held in enumerate(runs.values()) if held]
+    bar = tqdm(total=len(table) * len(held_runs), desc="paths", unit="run", disable=not verbose)
+    for index, (prompt, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
+        rows = table[table["prompt"] == prompt]
+        if not len(rows):
+            continue
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)[index]
+        chosen = sorted(set(rows["pos"]))
+        clean = run_clean(model, ids, chosen=chosen, clean_cache=clean_cache, row=index, mask=mask, path=path)
+        for sink, row in rows.iterrows():
+            own = edits("", row)
+            if _changes_nothing(own, clean):
+                for name in OUTCOMES:
+                    values[name][sink] = total.data[f"clean_{name}"].to_numpy()[sink]
+            else:
+                for run, made in _held_runs(model, adapter, clean, own, held_runs, batch_size, path):
+                    column = made.columns.chosen.index(int(row.pos))
+                    for name, of_columns in OUTCOMES.items():
+                        found = of_columns(made.columns, adapter.windows, min_queries)[..., column]
+                        values[name][sink, run] = found.cpu().numpy()
+            bar.update(len(held_runs))
+    bar.close()
+    reading = total.reading().isel(edit=0, drop=True).transpose("sink", "layer")
+    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        **{name: (("sink", "run", "layer", "head"), array) for name, array in values.items()},
+        **{f"clean_{name}": (("sink", "layer", "head"), total.data[f"clean_{name}"].to_numpy()) for name in OUTCOMES},
+        "first_layer": (("sink",), total.data["first_layer"].to_numpy()[:, 0]),
+        "reading": (("sink", "layer"), reading.to_numpy()),
+    }
+    coords = {name: np.arange(size) for name, size in total.data.sizes.items() if name != "edit"} | {"run": list(runs)}
+    return PathEffect(xr.Dataset(arrays, coords=coords), table, total.manifest)
+
+
+def _check_hold(hold) -> Hold:
+    if not isinstance(hold, Hold):
+        raise InputError(f"hold {hold!r} is not a Hold: write Hold('k', layers=range(4, 8)), for example.")
+    return hold
+
+
+def _check_reach(hold: Hold, edits: Sequence[Edit], row: pd.Series, n_layers: int, n_positions: int) -> None:
+    try:
+        hold.check(edits, n_layers, n_positions)
+    except InputError as error:
+        raise InputError(f"at position {row.pos} of prompt {row.prompt!r}: {error}") from error
+
+
+def _changes_nothing(edits: Sequence[Edit], clean: CleanRun) -> bool:
+    """True where every clean contribution comes out of its edit as it went in: by induction the run is the clean one."""
+    here = [(edit, clean.contribution[edit.layer, list(edit.positions)]) for edit in edits]
+    return all(edit.changes_nothing or torch.equal(edit.apply(own.clone()), own) for edit, own in here)
+
+
+def _held_runs(
+    model, adapter: Adapter, clean: CleanRun, edits: tuple[Edit, ...], held_runs, batch_size: int | None, path: str
+):
+    """(index of the run, the run) for all runs in which something is held."""
+    size = batch_size or _row_budget(adapter, clean.n_positions)
+    for start in range(0, len(held_runs), size):
+        chunk = held_runs[start : start + size]
+        made: list[EditedRun] = run_edited(model, clean, [(*edits, *held) for _, held in chunk], path=path)
+        yield from zip([index for index, _ in chunk], made, strict=True)
+
+
+def ratio_to(
+    whole: np.ndarray, part: np.ndarray, prompts, *, name: str, confidence: float = 0.95
+) -> statistics.Estimate:  # fmt: skip
+    """Mean of `part` over mean of `whole`, both means over prompts of their sinks, with a bootstrap interval over prompts.
+
+    The interval is that of the linearised ratio R + (part - R * whole) / mean(whole) (Efron & Tibshirani, ch. 22; the
+    influence of one prompt on R): a bootstrap of the ratio itself breaks down when a resample's whole comes near 0.
+    Sinks where either is undefined are left out; NaN where the whole is 0.
+    """
+    both = np.isfinite(whole) & np.isfinite(part)
+    whole, part = np.where(both, whole, np.nan), np.where(both, part, np.nan)
+    wholes, parts = statistics.prompt_means(whole, prompts), statistics.prompt_means(part, prompts)
+    mean = float(wholes.mean()) if len(wholes) else 0.0
+    if mean == 0:
+        return statistics.Estimate(math.nan, math.nan, math.nan, len(wholes))
+    ratio = float(parts.mean()) / mean
+    return statistics.bootstrap_over_prompts(
+        ratio + (part - ratio * whole) / mean, prompts, name=name, confidence=confidence
+    )

@@ -1,0 +1,180 @@
+"""Controls: who stands in for a sink, by counting; what the same edit does there, by a forward pass by hand."""
+
+from __future__ import annotations
+
+import functools
+
+import hand
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from common import BACKENDS, SINK, by_hand, lens, prompt
+
+import sink_circuits as sc
+from sink_circuits import controls, planted
+from sink_circuits.controls import Controlled, match_positions, randomly_initialised, with_controls
+from sink_circuits.errors import InputError, ResultError
+from sink_circuits.interventions import rescale, zero
+
+TEXTS = (prompt(), prompt((30, 55), 96, "b"))
+NAMES = ("0", "1")
+DRAWS = 3
+
+
+@functools.cache
+def found() -> sc.Sinks:
+    return sc.find_sinks(lens(), sc.Tokens(TEXTS, NAMES), verbose=False)
+
+
+@functools.cache
+def treated() -> sc.Sinks:
+    return found().select("secondary")
+
+
+@functools.cache
+def controlled(n_random: int = DRAWS) -> Controlled:
+    options = {"interventions": {"zero": controls.zero_sink, "double": lambda layer, sink: rescale(layer, sink.pos, 2)}}
+    return with_controls(
+        lens(), sc.Tokens(TEXTS, NAMES), treated(), layers=[6, 7], found=found(), n_random=n_random, verbose=False, **options
+    )  # fmt: skip
+
+
+def over_life(run: hand.Run, clean: hand.Run, pos: int, first: int, row) -> float:
+    """Mean over heads and the layers that read the sink above the first edited layer."""
+    layers = range(max(first, row.l_start) + 1, row.l_end + 2)
+    change = hand.log_odds(run.pattern)[..., pos] - hand.log_odds(clean.pattern)[..., pos]
+    return change[list(layers)].mean().item()
+
+
+def test_effects_and_position_controls_are_those_of_a_hand_written_pass():
+    result = controlled()
+    matches = result.matches[result.matches["control"] == "same range"].set_index("sink")["pos"]
+    for index, row in result.table.iterrows():
+        text, clean = TEXTS[int(row.prompt)], by_hand(TEXTS[int(row.prompt)])
+        for edit, factor in (("zero", 0.0), ("double", 2.0)):
+            for pos, value in (
+                (row.pos, result.data["effect_log_odds"].sel(sink=index, edit=edit)),
+                (int(matches[index]), result.data["control_log_odds"].sel(sink=index, edit=edit, control="same range")),
+            ):
+                edits = {(6, int(pos)): factor, (7, int(pos)): factor}
+                assert float(value) == pytest.approx(over_life(by_hand(text, edits), clean, int(pos), 6, row), abs=2e-3)
+
+
+def test_attention_taken_away_in_the_place_of_the_mlp():
+    result = controlled()
+    for index, row in result.table.iterrows():
+        clean = by_hand(TEXTS[int(row.prompt)])
+        edits = {
+            (layer, int(row.pos)): (lambda c, w=clean.parts["attn_out", layer][row.pos]: c - w) for layer in (6, 7)
+        }  # of layer 7 the clean write, as documented
+        expected = over_life(by_hand(TEXTS[int(row.prompt)], edits), clean, int(row.pos), 6, row)
+        value = result.data["control_log_odds"].sel(sink=index, edit="zero", control="attention output")
+        assert float(value) == pytest.approx(expected, abs=2e-3)
+
+
+def test_wrong_layers_are_as_many_and_never_the_edited_ones():
+    result = controlled()
+    wrong = result.matches[result.matches["control"] == "wrong layer"]
+    assert len(wrong) == len(result.table)
+    for index, layers in zip(wrong["sink"], wrong["layers"], strict=True):
+        chosen = [int(x) for x in layers.strip("[]").split(",")]
+        assert len(set(chosen)) == 2
+        assert not {6, 7} & set(chosen)
+        row = result.table.loc[index]
+        assert max(chosen) <= row.l_end
+        edits = {(layer, int(row.pos)): 0.0 for layer in chosen}
+        text = TEXTS[int(row.prompt)]
+        expected = over_life(by_hand(text, edits), by_hand(text), int(row.pos), min(chosen), row)
+        value = result.data["control_log_odds"].sel(sink=index, edit="zero", control="wrong layer")
+        assert float(value) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_random_perturbation_is_as_large_as_the_edit_and_repeats_by_name():
+    result, again = controlled(), controlled.__wrapped__(1)
+    assert np.array_equal(result.data["random_log_odds"].sel(draw=[0]), again.data["random_log_odds"])
+    drawn = result.data["random_log_odds"].sel(edit="zero").to_numpy()
+    assert len(np.unique(drawn)) == drawn.size
+    edit = sc.interventions.random_perturbation(zero(6, [SINK, 50]), "text", 0)
+    contribution = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    moved = edit.apply(contribution) - contribution
+    assert torch.allclose(moved.norm(dim=-1), contribution.norm(dim=-1), rtol=1e-5)
+    assert torch.cosine_similarity(moved, -contribution, dim=-1).abs().max() < 0.6
+    assert sc.interventions.random_perturbation(rescale(6, SINK, 1.0), "text").changes_nothing
+
+
+def test_the_planted_secondary_stands_out_from_every_control():
+    table = controlled().compare().query("edit == 'zero'").set_index("control")
+    for control in ("same range", "attention output", "random perturbation"):
+        assert table.loc[control, "difference"] < -1, control
+    assert table.loc["same range", "n_unmatched"] == 0
+    assert table.loc["norm matched", "n_unmatched"] + table.loc["norm matched", "n_sinks"] == 3
+    assert table.loc["random model", "n_unmatched"] == 3
+    assert table.loc["random perturbation", "rank"] == 1
+
+
+def test_who_stands_in_is_counted_by_hand():
+    ids = planted.minimal().tokens(96, sinks=[30, 50], decoys=[60], seed_name="match")
+    ids[33], ids[47] = ids[30], ids[50]  # the same token: 33 nearer to 30, 47 nearer to 50
+    tokens = sc.Tokens((ids,), ("t",))
+    row = sc.find_sinks(lens(), tokens, verbose=False).select("secondary")
+    only = sc.Sinks(row.table[row.table["pos"].isin([30, 50])].reset_index(drop=True), row.prompts, row.manifest)
+    pos = match_positions(lens(), tokens, only).set_index(["sink", "control"])["pos"]
+    assert pos[0, "same token"] == 33
+    assert pos[1, "same token"] == 47
+    assert pos[0, "same range"] == 29  # 29 and 31 are as near: the earlier
+    none = match_positions(lens(), tokens, only, row).set_index(["sink", "control"])
+    assert none.loc[(0, "same token"), "pos"] == -1  # 33 is a sink itself
+    assert "does not occur" in none.loc[(0, "same token"), "reason"]
+
+
+def test_ends_of_the_text_are_no_controls():
+    ids = planted.minimal().tokens(40, sinks=[5], decoys=[], seed_name="short")
+    tokens = sc.Tokens((ids,), ("t",))
+    sinks = sc.find_sinks(lens(), tokens, verbose=False).select("secondary")
+    pos = match_positions(lens(), tokens, sinks).set_index("control")["pos"]
+    assert pos["same range"] == 4  # 0..3 may be primary
+    ids[25:] = ids[5]
+    late = match_positions(lens(), sc.Tokens((ids,), ("t",)), sinks)
+    assert late.set_index("control").loc["same token", "pos"] < 24  # later ones have too few queries
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_random_model_has_the_shape_and_other_weights(backend):
+    model, other, again = lens(backend), randomly_initialised(lens(backend)), randomly_initialised(lens(backend))
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    assert {n: p.shape for n, p in ours.items()} == {n: p.shape for n, p in theirs.items()}
+    assert sc.adapt(other).weights_hash == sc.adapt(again).weights_hash != sc.adapt(model).weights_hash
+    assert (
+        not sc.find_sinks(other, sc.Tokens(TEXTS, NAMES), verbose=False)
+        .select("secondary")
+        .table["pos"]
+        .isin([SINK])
+        .any()
+    )
+
+
+def test_saved_and_loaded(tmp_path):
+    result = controlled()
+    result.save(tmp_path / "c.safetensors")
+    loaded = Controlled.load(tmp_path / "c.safetensors")
+    pd.testing.assert_frame_equal(loaded.compare(), result.compare())
+    pd.testing.assert_frame_equal(loaded.to_dataframe(), result.to_dataframe())
+    assert len(result.to_dataframe()) == 3 * 2 * (1 + len(controls.CONTROLS) + DRAWS)
+    with pytest.raises(ResultError, match="not a result with controls"):
+        result.effect.save(tmp_path / "e.safetensors")
+        Controlled.load(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_random": -1}, "n_random = -1"), ({"layer": 6, "together": True}, "one sink at a time"),
+        ({"layer": 99}, "layer 99 is out of range"), ({}, "give either layer="),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_a_sentence(options, said):
+    with pytest.raises(InputError, match=said):
+        with_controls(lens(), sc.Tokens(TEXTS, NAMES), treated(), **options)
+    with pytest.raises(InputError, match="'speed' was not measured"):
+        controlled().compare("speed")
