@@ -39,7 +39,11 @@ def convert(gguf: Path, folder: Path, name: str, verbose: bool) -> None:
     model.config.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it is born readable by its owner alone
     tokenizer.save_pretrained(folder)
-    if AutoTokenizer.from_pretrained(folder)(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
+    try:
+        kept = AutoTokenizer.from_pretrained(folder)(_SAMPLE)["input_ids"] == tokenizer(_SAMPLE)["input_ids"]
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise WeightsError(f"the tokenizer of {name} cannot be used ({error}): pass a model folder instead") from error
+    if not kept:
         raise WeightsError(f"the tokenizer of {name} changes when transformers saves it: pass a model folder instead")
 
 
@@ -53,16 +57,21 @@ def _load_gguf(gguf: Path, name: str, verbose: bool) -> tuple:
     unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
     with _one_reader(verbose) as read, tempfile.TemporaryDirectory() as empty:
         try:
-            field = read(str(gguf)).fields["general.architecture"]
-            architecture = bytes(field.parts[field.data[0]]).decode()
+            reader = read(str(gguf))
+            architecture = reader.fields["general.architecture"].contents()
         except Exception as error:  # a cut header ends in any of IndexError, ValueError, KeyError, OverflowError
             size = gguf.stat().st_size
             raise WeightsError(f"{gguf} is truncated or damaged ({size} bytes; {error}): download it again") from error
         try:  # an empty folder and an absolute file: nothing beside the GGUF or in the current folder is read
+            config = transformers.AutoConfig.from_pretrained(empty, gguf_file=str(gguf))
+            _as_stated(config, reader, architecture, name)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                empty, gguf_file=str(gguf), dtype=torch.float32, output_loading_info=True, **unpack
-            )
+                empty, gguf_file=str(gguf), config=config, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True, **unpack,
+            )  # fmt: skip
             tokenizer = transformers.AutoTokenizer.from_pretrained(empty, gguf_file=str(gguf))
+        except WeightsError:
+            raise
         except Exception as error:
             raise WeightsError(
                 f"transformers {transformers.__version__} cannot read {name} (GGUF architecture {architecture!r}): "
@@ -74,7 +83,117 @@ def _load_gguf(gguf: Path, name: str, verbose: bool) -> tuple:
             f"{name} (GGUF architecture {architecture!r}) lacks {len(missing)} tensors, such as "
             f"{missing[0]}: get the complete file, or pass a model folder instead"
         )
+    if unlike := sorted(info["mismatched_keys"]):
+        key, stored, expected = unlike[0]
+        raise WeightsError(
+            f"{name} (GGUF architecture {architecture!r}) stores {key} with shape {tuple(stored)}, where transformers "
+            f"{transformers.__version__} expects {tuple(expected)}: pass a Hugging Face folder of this model instead"
+        )
+    # A bias or a factor that no part of the model takes is passed over without a word: count what was taken.
+    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in ROPE_TENSORS)
+    if stored > sum(held.values()) and not _stores_tied_output(model, reader):
+        raise WeightsError(
+            f"{name} (GGUF architecture {architecture!r}) holds {stored} numbers, of which transformers "
+            f"{transformers.__version__} takes {sum(held.values())}: pass a Hugging Face folder of this model instead"
+        )
     return model, tokenizer
+
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_SAME_NAME = {  # GGUF key -> names that a config may have for it
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "layer_norm_epsilon", "norm_eps"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.key_length": ("head_dim",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.sliding_window": ("sliding_window",),
+    "context_length": ("n_positions",),  # GPT-2's position embeddings
+}
+
+
+def _as_stated(config, reader, architecture: str, name: str) -> None:
+    """Make a config say what the GGUF file states and transformers' reader passes over without a word.
+
+    It reads sizes and takes its own defaults for much of the rest: rotary bases (StarCoder2), partial rotary widths
+    (StableLM), rotary scaling (Llama 3, Gemma 3, YaRN), sliding windows (Phi-3), soft caps and the query scale (Gemma),
+    norm epsilons (Falcon, Nemotron), biases. Raises WeightsError for what this config cannot say.
+    """
+    prefix = f"{architecture}."
+    stated = {key.removeprefix(prefix): f.contents() for key, f in reader.fields.items() if key.startswith(prefix)}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+
+    def refuse(key: str, value) -> WeightsError:
+        return WeightsError(
+            f"{name} (GGUF architecture {architecture!r}) states {key} = {value}, which transformers does not read: "
+            "pass a Hugging Face folder of this model instead"
+        )
+
+    for key, attributes in _SAME_NAME.items():
+        if key not in stated:
+            continue
+        known = [attribute for attribute in attributes if hasattr(config, attribute)]
+        for attribute in known:
+            value = stated[key]
+            value = None if attribute == "sliding_window" and value == 0 else value
+            if getattr(config, attribute) != value:
+                setattr(config, attribute, value)
+        if key == "attention.sliding_window" and not known and stated[key]:
+            raise refuse(key, stated[key])
+    if "blk.0.attn_q.bias" in tensors and hasattr(config, "attention_bias"):
+        config.attention_bias = True
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if hasattr(config, "query_pre_attn_scalar"):
+        # No key states it: llama.cpp scales by the head's width, but for the two 27B models, known by their depth.
+        wide = (architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
+        config.query_pre_attn_scalar = config.hidden_size // heads if wide else head_dim
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return
+    rope = rope.get("full_attention", rope)
+    if "rope.freq_base" in stated:
+        rope["rope_theta"] = stated["rope.freq_base"]
+    width = stated.get("rope.dimension_count", head_dim)
+    if "partial_rotary_factor" in rope:
+        rope["partial_rotary_factor"] = width / head_dim
+    elif width != head_dim:
+        raise refuse("rope.dimension_count", width)
+    scaling, factor = stated.get("rope.scaling.type", "none"), stated.get("rope.scaling.factor")
+    if scaling in ("linear", "yarn") and factor:
+        rope |= {"rope_type": scaling, "factor": factor}
+        if scaling == "yarn":
+            rope["original_max_position_embeddings"] = stated["rope.scaling.original_context_length"]
+    elif scaling != "none":
+        raise refuse("rope.scaling.type", scaling)
+    if "rope_freqs.weight" in tensors and not _is_llama3(config, rope, tensors["rope_freqs.weight"]):
+        raise refuse("rope_freqs", "a table of its own")
+    if "rope_factors_long.weight" in tensors:
+        raise refuse("rope_factors_long", "a table of its own")
+
+
+def _is_llama3(config, rope: dict, factors) -> bool:
+    """Set Llama 3's rotary scaling when its formula gives the file's factors; the file holds nothing but these."""
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factor, plain = float(factors.max()), dict(rope)
+    base = float(plain["rope_theta"]) ** (-np.arange(len(factors)) / len(factors))
+    for original in (8192, int(config.max_position_embeddings / factor)):
+        rope |= {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }  # fmt: skip
+        frequencies = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+        if np.allclose(base / frequencies, factors, rtol=1e-4):
+            return True
+    rope.clear()
+    rope |= plain
+    return False
+
+
+def _stores_tied_output(model, reader) -> bool:
+    return model.config.tie_word_embeddings and any(tensor.name == "output.weight" for tensor in reader.tensors)
 
 
 @contextmanager

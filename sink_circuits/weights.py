@@ -34,7 +34,7 @@ from sink_circuits.conversion import convert
 from sink_circuits.errors import WeightsError
 
 CACHE_VARIABLE = "SINK_CIRCUITS_CACHE"
-FORMAT = 1  # of the finished folders; a folder of another format is made again
+FORMAT = 2  # of the finished folders; a folder of another format is made again
 _BLOCK = 1 << 20
 
 

@@ -188,24 +188,6 @@ UNSUPPORTED = {
     "phi2": Case("Phi", PLAIN, "phi2"),
     "command-r": Case("Cohere", PLAIN, "command-r"),
 }
-# What transformers 5.23 does not read from a GGUF file: it takes a default of its own, without a word.
-PASSED_OVER = {
-    "llama-biases": "attn_q.bias and its kind are dropped",
-    "llama3": "rope_freqs is dropped",
-    "llama-linear": "rope.scaling is not read",
-    "qwen2-yarn": "rope.scaling is not read",
-    "qwen3-narrow-heads": "attention.key_length is not read: 128 is assumed",
-    "phi3-window": "attention.sliding_window is not read",
-    "gemma2-soft-caps": "attn_logit_softcapping and final_logit_softcapping are not read: 50 and 30 are assumed",
-    "gemma2-narrow-heads": "query_pre_attn_scalar is 256, whatever attention.key_length says",
-    "gemma3-narrow-heads": "query_pre_attn_scalar is 256, whatever attention.key_length says",
-    "gemma3-linear": "rope.scaling is not read",
-    "gpt2-short": "context_length is not read: 1024 positions are assumed",
-    "falcon-epsilon": "attention.layer_norm_epsilon is not read",
-    "starcoder2-base": "rope.freq_base is not read: 10000 is assumed",
-    "stablelm-half": "rope.dimension_count is not read: a quarter is assumed",
-    "nemotron-epsilon": "attention.layer_norm_epsilon is not read",
-}
 
 
 def build(case: Case):
@@ -354,13 +336,9 @@ def difference(model, plain, ids) -> float:
 
 
 def marked(names):
-    """Slow but for a few; failing, and strictly so, where transformers passes over what the file states."""
+    """Slow but for a few."""
     for name in names:
         marks = [] if name in FAST else [pytest.mark.slow]
-        if name in PASSED_OVER:
-            marks.append(
-                pytest.mark.xfail(strict=True, raises=(AssertionError, WeightsError), reason=PASSED_OVER[name])
-            )
         yield pytest.param(name, marks=marks)
 
 
