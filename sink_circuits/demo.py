@@ -6,13 +6,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sink_circuits.controls import with_controls
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import ablate, dose_response, layer_map
 from sink_circuits.prompts import Tokens, token_texts
 from sink_circuits.scores import sink_scores
 
-RESULTS = ("sinks.parquet", "layer_map.safetensors", "dose_response.safetensors", "ablation.safetensors", "report.html")
+RESULTS = (
+    "sinks.parquet",
+    "layer_map.safetensors",
+    "dose_response.safetensors",
+    "ablation.safetensors",
+    "controls.safetensors",
+    "report.html",
+)
+N_RANDOM = 5
+"""Random perturbations per sink in the demo: few, for its time."""
 """What `run` writes, in this order."""
 
 
@@ -87,13 +97,17 @@ def run(
         dosed.save(folder / "dose_response.safetensors")
         ablated = ablate(model, tokens, sinks, layer="forming", forming=forming, loss=True, **options)
         ablated.save(folder / "ablation.safetensors")
+        controlled = with_controls(
+            model, tokens, sinks, layer="forming", forming=forming, found=found, n_random=N_RANDOM, **options
+        )
+        controlled.save(folder / "controls.safetensors")
         first = sinks.table["prompt"].iloc[0]
         shown = Tokens((tokens.ids[tokens.names.index(first)],), (first,))
         report = folder / "report.html"
         write_report(
             report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
             scores={first: sink_scores(model, shown, **needed).scores[0]}, title=f"Attention sinks in {found.manifest.model}",
-            command=command,
+            command=command, controls=controlled,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         kept = [name for name in RESULTS if (folder / name).is_file()]

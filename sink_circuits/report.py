@@ -63,6 +63,15 @@ PATHS = {
     "fast": "fast: the plain Hugging Face module, checked against TransformerLens' hooks when the model was loaded",
     "reference": "reference: TransformerLens' hooks",
 }
+CONTROLS = {
+    "same token": "the same edit at the same token where it is no sink",
+    "same range": "the same edit at another ordinary token nearby",
+    "norm matched": "the same edit at the ordinary token whose norm is nearest",
+    "wrong layer": "at the sink, another layer's MLP",
+    "attention output": "at the sink, what attention wrote, in the MLP's place",
+    "random model": "the same edit in a model of random weights",
+    "random perturbation": "at the sink, a change of the same size in random directions",
+}
 MAX_NAMES = 12
 """Prompts, or sinks that were left out, that are named one by one."""
 
@@ -76,16 +85,20 @@ def write_report(
     scores: Mapping | None = None,
     title: str = "Attention sinks and what forms them",
     command: str = "",
+    controls=None,
     overwrite: bool = False,
 ) -> None:
     """Write the report: one HTML file that needs no network and forbids itself any.
 
     `sinks`: found sinks (`Sinks`). `effects`: experiments on them, each gets its figure. `texts[prompt]`: the prompt's
     tokens as text; `scores[prompt]`: [layer, head, key], needed to show the tokens. `command`: how to make this again.
+    `controls`: a `Controlled`, the same removal where it should do nothing.
     Raises ResultError when `path` exists, cannot be written, or the results are of different models; InputError when
     texts or scores do not fit the sinks.
     """
-    page = render(sinks=sinks, effects=effects, texts=texts, scores=scores, title=title, command=command)
+    page = render(
+        sinks=sinks, effects=effects, texts=texts, scores=scores, title=title, command=command, controls=controls
+    )
     data = page.encode("utf-8")
 
     def write(temporary: Path) -> None:
@@ -94,9 +107,11 @@ def write_report(
     write_whole(Path(path), write, overwrite=overwrite)
 
 
-def render(*, sinks, effects: Sequence, texts: Mapping, scores: Mapping | None, title: str, command: str) -> str:
+def render(
+    *, sinks, effects: Sequence, texts: Mapping, scores: Mapping | None, title: str, command: str, controls=None
+) -> str:
     """The page as text; see `write_report`."""
-    _check(sinks, effects, texts, scores)
+    _check(sinks, [*effects, *([] if controls is None else [controls])], texts, scores)
     views = _views(sinks, texts, scores)
     sections = [_section(number, effect) for number, effect in enumerate(effects, 1)]
     shown = sinks.table["prompt"].drop_duplicates().tolist()
@@ -126,7 +141,8 @@ def render(*, sinks, effects: Sequence, texts: Mapping, scores: Mapping | None, 
         views=views,
         left_out=max(0, len(shown) - len(views)) if scores is not None else 0,
         sections=sections,
-        limits=limits(sinks, effects),
+        limits=limits(sinks, effects, controls is not None),
+        controls=_control_rows(controls),
         libraries=_libraries(bool(sections), bool(views)),
         token_css=Markup(figures.TOKEN_CSS),
         view_script=Markup(figures.VIEW_SCRIPT),
@@ -289,7 +305,7 @@ def _basis(row) -> str:
     return f"95% interval over {n} prompts{few}"
 
 
-def limits(sinks, effects: Sequence) -> list[str]:
+def limits(sinks, effects: Sequence, controlled: bool = False) -> list[str]:
     """What the results do not show, by what was and was not done."""
     lines = []
     kinds = {effect.kind for effect in effects}
@@ -335,7 +351,12 @@ def limits(sinks, effects: Sequence) -> list[str]:
             if together
             else "One sink was edited per run. What several removals do together may differ from their sum."
         )
-        if kinds <= set(CAUSES):
+        if controlled:
+            lines.append(
+                "Controls stand beside the removal alone, not beside the map and the doses, and are matched one by one: "
+                "a token nearby, another layer. Sinks without a match are left out of that row."
+            )
+        elif kinds <= set(CAUSES):
             lines.append(
                 "No controls are on this page: other positions, other tokens and random directions of equal norm would "
                 "show how specific the effect is. "
@@ -540,6 +561,22 @@ def _section(number: int, effect) -> dict:
         "table": table,
         "figures": drawn,
     }
+
+
+def _control_rows(controls) -> list[dict]:
+    """Rows of the table of controls; one that matched no sink says why instead of a number."""
+    if controls is None:
+        return []
+    reasons = controls.matches[controls.matches["reason"] != ""].groupby("control")["reason"].first()
+    rows = [
+        row
+        for row in controls.compare().to_dict(orient="records")
+        if row["n_prompts"] or row["control"] != "random model"
+    ]
+    for row in rows:
+        row["reason"] = reasons.get(row["control"], "") if row["n_unmatched"] else ""
+        row["meaning"] = CONTROLS.get(row["control"], "")
+    return rows
 
 
 def _lift_title(figure) -> tuple[str, str]:

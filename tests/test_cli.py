@@ -13,6 +13,7 @@ import pytest
 
 from sink_circuits import Effect, Sinks, Thresholds, planted, records
 from sink_circuits.cli import COMMANDS, Criteria, main
+from sink_circuits.controls import Controlled
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +148,14 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
         "layer_map.safetensors",
         "dose_response.safetensors",
         "ablation.safetensors",
+        "controls.safetensors",
         "report.html",
     }
     page = (out / "report.html").read_text()
+    row = page[page.index('id="controls"') :].split("wrong layer")[1][:200]
+    controls = Controlled.load(out / "controls.safetensors").compare().set_index("control")
+    assert f"{abs(controls.loc['wrong layer', 'difference']):.3f}" in row
+    assert "No controls are on this page" not in page
     assert "secondary" in page and "sink-circuits" in page
     before = (out / "report.html").stat().st_mtime_ns
     assert main(["demo", folder, *texts, "--folder", str(out)]) == 2, "a folder that holds results is not written to"
