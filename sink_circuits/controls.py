@@ -19,7 +19,7 @@ import torch
 import xarray as xr
 
 from sink_circuits import statistics
-from sink_circuits.detection import Sinks
+from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.experiments import Effect, mean_contributions, measure, resolve_layers
 from sink_circuits.interventions import Edit, custom, random_perturbation, replace, zero
@@ -84,6 +84,8 @@ class Controlled:
                 str(c): self.data[f"control_{outcome}"].sel(edit=edit, control=c).to_numpy()
                 for c in self.data["control"].values
             }
+            if self.matches.loc[self.matches["control"] == "random model", "reason"].astype(bool).all():
+                by_name.pop("random model")  # none was given
             for name, controls in {**by_name, "random perturbation": random}.items():
                 found = statistics.difference_to_controls(
                     effects, controls, prompts, name=f"{name}/{outcome}/{edit}", confidence=confidence
@@ -202,7 +204,7 @@ def with_controls(
     other layers, drawn by name from those up to l_end. "attention output": what attention wrote at the sink is taken
     from the residual stream in the MLP's place. "random model": the same edit in `random_model` (`randomly_initialised`),
     where given. Random perturbations: `n_random` changes of the same norm in directions drawn by name. `found`: all
-    sinks of these prompts, none of which may be a control. Other options as in `measure`. Raises InputError.
+    sinks of these prompts, none of which may be a control (looked for when None). Other options as in `measure`. Raises InputError.
     """
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
         raise InputError(f"n_random = {n_random!r}: a whole number, at least 0; 20 allow p <= 0.05.")
@@ -217,6 +219,7 @@ def with_controls(
     layers_of = resolve_layers(model, layer, None if layers is None else tuple(layers), forming)
     own_layers = [layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
+    found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
     labels = list(interventions)
     shared = {**options, "verbose": verbose}
 

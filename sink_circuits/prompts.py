@@ -40,13 +40,21 @@ class Tokens(Sequence):
         return len(self.ids)
 
     def __getitem__(self, index):
-        """`tokens[i]` is LongTensor [pos]; a slice is again `Tokens`."""
+        """`tokens[i]` and `tokens["maths-001"]` are LongTensor [pos]; a slice is again `Tokens`."""
+        if isinstance(index, str):
+            if index not in self.names:
+                raise InputError(f"prompt {index!r} is not here: there are {', '.join(map(str, self.names[:8]))}.")
+            return self.ids[self.names.index(index)]
         if isinstance(index, slice):
             return Tokens(self.ids[index], self.names[index])
         return self.ids[index]
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.ids)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} [{len(ids)}]" for name, ids in list(zip(self.names, self.ids, strict=True))[:8])
+        return f"Tokens({len(self)} prompts: {shown}{', ...' if len(self) > 8 else ''})"
 
     @property
     def hash(self) -> str:

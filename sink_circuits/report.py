@@ -568,11 +568,7 @@ def _control_rows(controls) -> list[dict]:
     if controls is None:
         return []
     reasons = controls.matches[controls.matches["reason"] != ""].groupby("control")["reason"].first()
-    rows = [
-        row
-        for row in controls.compare().to_dict(orient="records")
-        if row["n_prompts"] or row["control"] != "random model"
-    ]
+    rows = controls.compare().to_dict(orient="records")
     for row in rows:
         row["reason"] = reasons.get(row["control"], "") if row["n_unmatched"] else ""
         row["meaning"] = CONTROLS.get(row["control"], "")

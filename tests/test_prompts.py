@@ -222,3 +222,11 @@ def test_any_text_survives_a_file(tmp_path_factory, pairs):
 def test_token_texts():
     assert token_texts(Model(tokenizer()), torch.tensor([0, 3, 5])) == ["<s>", "a", "c"]
     assert token_texts(Model(), torch.tensor([0, 3])) == ["<0>", "<3>"]
+
+
+def test_tokens_are_looked_up_by_name_and_shown_in_a_line():
+    tokens = Tokens((torch.arange(5), torch.arange(3)), ("a", "b"))
+    assert torch.equal(tokens["b"], torch.arange(3))
+    assert repr(tokens) == "Tokens(2 prompts: a [5], b [3])"
+    with pytest.raises(InputError, match="prompt 'c' is not here: there are a, b"):
+        tokens["c"]
