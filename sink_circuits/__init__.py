@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sink_circuits.attribution import Agreement, Attribution, attribute
     from sink_circuits.claims import Claims, test_claims
     from sink_circuits.controls import Controlled, randomly_initialised, with_controls
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "errors": ("SinkCircuitsError",),
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
+    "attribution": ("Agreement", "Attribution", "attribute"),
     "claims": ("Claims", "test_claims"),
     "controls": ("Controlled", "randomly_initialised", "with_controls"),
     "effects": ("Effect", "interaction"),

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits.errors import InputError
-from sink_circuits.models import adapt
+from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.runs import CleanRun, Columns, run_clean
+from sink_circuits.runs import CleanRun, Columns, check_chosen, resolve_path, run_clean
 
 MIN_QUERIES = 16
 """Later queries that a score needs: the mean of fewer is dominated by which tokens they happen to be."""
@@ -26,47 +28,101 @@ MIN_QUERIES = 16
 
 @dataclass(frozen=True)
 class SinkScores:
-    """Scores of every position of every prompt: `scores[i]` is [layer, head, key] of prompt i, NaN where undefined."""
+    """Scores of every position of every prompt: `scores[i]` is [layer, head, key] of prompt i, NaN where undefined.
+
+    `keys[i]`: the positions of prompt i that were asked for, NaN at all others; None: all positions were.
+    """
 
     scores: tuple[Float[Tensor, "layer head key"], ...]
     tokens: Tokens
     inclusive: bool
     min_queries: int
+    keys: tuple[tuple[int, ...], ...] | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per prompt, layer, head and key: columns prompt, layer, head, pos, token_id, score."""
+        """One row per prompt, layer, head and key asked for: columns prompt, layer, head, pos, token_id, score."""
         frames = []
-        for name, ids, scores in zip(self.tokens.names, self.tokens.ids, self.scores, strict=True):
-            index = pd.MultiIndex.from_product([range(n) for n in scores.shape], names=["layer", "head", "pos"])
-            frame = pd.DataFrame({"score": scores.reshape(-1).cpu().numpy()}, index=index).reset_index()
+        keys = self.keys or [range(len(ids)) for ids in self.tokens]
+        for name, ids, scores, own in zip(self.tokens.names, self.tokens.ids, self.scores, keys, strict=True):
+            axes = [range(scores.shape[0]), range(scores.shape[1]), own]
+            index = pd.MultiIndex.from_product(axes, names=["layer", "head", "pos"])
+            values = scores[..., list(own)].reshape(-1).cpu().numpy()
+            frame = pd.DataFrame({"score": values}, index=index).reset_index()
             frame.insert(0, "prompt", name)
             frame.insert(4, "token_id", ids.cpu().numpy()[frame["pos"]])
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def sink_rate(self, eps: float = 0.3) -> float:
-        """Sink^eps of the first position: share of (prompt, layer, head) with score > eps (Gu et al., section 3)."""
+        """Sink^eps of the first position: share of (prompt, layer, head) with score > eps (Gu et al., section 3).
+
+        Raises InputError when scores were asked for other positions only.
+        """
+        for name, keys in zip(self.tokens.names, self.keys or (), strict=self.keys is not None):
+            if 0 not in keys:
+                raise InputError(f"the sink rate is position 0's, and prompt {name!r} has scores of {keys}: add key 0.")
         first = torch.cat([s[..., 0].reshape(-1) for s in self.scores])
         return (first[first.isfinite()] > eps).double().mean().item()
 
 
 def sink_scores(
-    model, tokens, *, attention_mask=None, inclusive: bool = False, min_queries: int = MIN_QUERIES, clean_cache=None, path: str = "auto"
+    model, tokens, *, keys: Sequence[int] | Sequence[Sequence[int]] | None = None, attention_mask=None, inclusive: bool = False,
+    min_queries: int = MIN_QUERIES, clean_cache=None, path: str = "auto",
 ) -> SinkScores:  # fmt: skip
-    """Exact scores of all positions, in memory linear in the number of tokens on the fast path.
+    """Exact scores of all positions, or of the chosen ones, in memory linear in the number of tokens on the fast path.
 
-    `inclusive`: count the query at the key itself too (Gu et al.'s alpha). Values lie in [0, 1] or are NaN.
-    Raises InputError for tokens that do not fit the model, CacheError for a cache that misses hooks.
+    `keys`: positions whose scores are wanted, for every prompt the same or a list for each; scores of all others are
+    NaN. A few keys cost little beyond the forward pass itself. `inclusive`: count the query at the key itself too (Gu
+    et al.'s alpha). Values lie in [0, 1] or are NaN. Raises InputError for tokens that do not fit the model or a key
+    that is negative, out of range or named twice, CacheError for a cache that misses hooks.
     """
     check_min_queries(min_queries)
-    windows = adapt(model).windows
+    adapter = adapt(model)
     tokens = as_tokens(model, tokens, attention_mask)
+    chosen = None if keys is None else keys_of_prompts(keys, tokens)
     scores = []
     for row, ids in enumerate(tokens):
+        if chosen is not None and clean_cache is None and resolve_path(adapter, path) == "fast":
+            sums = _chosen_sums(adapter, ids, chosen[row], inclusive)
+            scores.append(_mean_over_queries(sums, adapter.windows, inclusive, min_queries))
+            continue
         mask = None if attention_mask is None else torch.as_tensor(attention_mask)[row]
         clean = run_clean(model, ids, clean_cache=clean_cache, row=row, mask=mask, resumable=False, path=path)
-        scores.append(scores_of(clean, windows, inclusive=inclusive, min_queries=min_queries))
-    return SinkScores(tuple(scores), tokens, inclusive, min_queries)
+        every = scores_of(clean, adapter.windows, inclusive=inclusive, min_queries=min_queries)
+        if chosen is not None:
+            others = [position for position in range(len(ids)) if position not in chosen[row]]
+            every[..., others] = torch.nan
+        scores.append(every)
+    return SinkScores(tuple(scores), tokens, inclusive, min_queries, chosen)
+
+
+def keys_of_prompts(
+    keys: Sequence[int] | Sequence[Sequence[int]], tokens: Sequence[Tensor]
+) -> tuple[tuple[int, ...], ...]:
+    """The key positions of each prompt, checked; a flat list is every prompt's. Raises InputError."""
+    each: list[Any] = list(keys) if any(np.ndim(own) for own in keys) else [keys] * len(tokens)
+    if len(each) != len(tokens):
+        raise InputError(
+            f"keys of {len(each)} prompts for {len(tokens)} prompts: give each its own list, or one for all."
+        )
+    checked = tuple(check_chosen(own, len(ids)) for own, ids in zip(each, tokens, strict=True))
+    if not all(checked):
+        raise InputError("no keys are named for a prompt: name at least one, or leave `keys` out for all.")
+    return checked
+
+
+@torch.no_grad()
+def _chosen_sums(
+    adapter: Adapter, ids: Tensor, keys: Sequence[int], inclusive: bool
+) -> Float[Tensor, "layer head key"]:
+    """Attention on the chosen keys summed over later queries, NaN elsewhere; one layer's columns are held at a time."""
+    inputs = adapter.twin.block_inputs(ids)
+    sums = torch.full((adapter.n_layers, adapter.n_heads, len(ids)), torch.nan, device=ids.device)
+    for run in adapter.twin.run(inputs.embed, inputs, range(adapter.n_layers), chosen=torch.tensor(keys)):
+        weights = run.tap.attention.log_attention[0].exp_()
+        for index, key in enumerate(keys):
+            sums[run.layer, :, key] = weights[:, key + (not inclusive) :, index].sum(dim=-1)
+    return sums
 
 
 def scores_of(
@@ -75,7 +131,11 @@ def scores_of(
     """Scores of all positions from a clean run's attention sums."""
     check_min_queries(min_queries)
     sums = clean.later + clean.diagonal if inclusive else clean.later
-    counts = query_counts(clean.n_positions, windows, device=sums.device) + int(inclusive)
+    return _mean_over_queries(sums, windows, inclusive, min_queries)
+
+
+def _mean_over_queries(sums: Tensor, windows: Sequence[int | None], inclusive: bool, min_queries: int) -> Tensor:
+    counts = query_counts(sums.shape[-1], windows, device=sums.device) + int(inclusive)
     return (sums / counts[:, None]).masked_fill(counts[:, None] < min_queries, torch.nan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sink_circuits import attention
-from sink_circuits.attention import AttentionForm, streamed_attention
+from sink_circuits.attention import AttentionForm, AttentionSums, each, streamed_attention
 
 torch.set_num_threads(1)
 
@@ -57,12 +58,35 @@ def dense(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> dic
 
 
 @contextmanager
-def blocks_of(floats: int):
-    before, attention.BLOCK_FLOATS = attention.BLOCK_FLOATS, floats
+def sizes(**limits: int):
+    """The module's limits (floats in a block, keys from which the flash kernel serves...), changed for small layers."""
+    before = {name: getattr(attention, name) for name in limits}
+    vars(attention).update(limits)
     try:
         yield
     finally:
-        attention.BLOCK_FLOATS = before
+        vars(attention).update(before)
+
+
+@contextmanager
+def blocks_of(floats: int):
+    with sizes(BLOCK_FLOATS=floats, SLAB_FLOATS=floats):
+        yield
+
+
+@contextmanager
+def threads_of(threads: int):
+    """So many threads, started for however little work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with sizes(THREADED_FLOATS=0, BLOCK_ROWS=8):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+FLASH = {"FLASH_KEYS": 1}
 
 
 @st.composite
@@ -125,6 +149,33 @@ def test_equals_the_dense_pattern(layer):
     assert (sums.log_rest[:, :, unseen].abs() < 1e-5).all()  # everything goes elsewhere
 
 
+@settings(max_examples=150)
+@given(layers(), st.data())
+def test_chosen_keys_alone_equal_the_dense_pattern(layer, data):
+    """Through the flash kernel, also where every key that a query sees is a chosen one."""
+    query, key, _, form, chosen, block = layer
+    n_key, n_query = key.shape[2], query.shape[2]
+    chosen = data.draw(st.sampled_from([chosen, [0], list(range(n_key))[:5], list(range(n_key))]))
+    value = torch.randn(key.shape, generator=torch.Generator().manual_seed(0))
+    with sizes(**FLASH, JOINED_FLOATS=block, BLOCK_ROWS=data.draw(st.sampled_from([1, 7, 64]))):
+        out, sums = streamed_attention(
+            query, key, value, form, chosen=torch.tensor(chosen, dtype=torch.long), sums=False
+        )
+    expected = dense(query, key, value, form)
+    tolerance = 2e-6 * (1 + expected["largest"].item())
+    assert (out - expected["out"]).abs().max() < tolerance * (1 + value.abs().max())
+    assert sums.later is None
+    assert sums.diagonal is None
+    assert sums.log_attention.shape == sums.log_rest.shape == (*query.shape[:3], len(chosen))
+    if not chosen:
+        return
+    assert_logs(sums.log_attention, expected["log_attention"][..., chosen], 5 * tolerance)
+    assert_logs(sums.log_rest, expected["log_rest"][..., chosen], 5 * tolerance)
+    unseen = ~visible(n_query, n_key, form.window)[:, chosen]
+    assert (sums.log_attention[:, :, unseen] == -math.inf).all()
+    assert (sums.log_rest[:, :, unseen].abs() < 1e-5).all()
+
+
 @settings(max_examples=30)
 @given(layers())
 def test_half_precision_inputs_are_scored_in_float32(layer):
@@ -145,13 +196,20 @@ def test_half_precision_inputs_are_scored_in_float32(layer):
         assert_logs(sums.log_rest, expected["log_rest"][..., chosen], 5 * tolerance)
 
 
-@pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 75.0])
-def test_log_rest_is_exact_where_one_key_takes_nearly_everything(gap):
+@pytest.mark.parametrize("chosen", [[0], [30, 0, 7]])
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("gap", [0.0, 5.0, 20.0, 40.0, 75.0])
+def test_log_rest_is_exact_where_one_key_takes_nearly_everything(gap, sums, chosen):
     """At a gap of 20 the others have 1e-8 of the weight: log(1 - A) of a float32 A would be -inf."""
     n = 50
     query, key = torch.ones(1, 1, n, 1), torch.zeros(1, 1, n, 1)
     key[0, 0, 0] = gap
-    _, sums = streamed_attention(query, key, torch.zeros(1, 1, n, 1), AttentionForm(1.0), chosen=torch.tensor([0]))
+    first = [chosen.index(0)]
+    with sizes(**FLASH):
+        _, sums = streamed_attention(
+            query, key, torch.zeros(1, 1, n, 1), AttentionForm(1.0), chosen=torch.tensor(chosen), sums=sums
+        )
+    sums = AttentionSums(None, None, sums.log_attention[..., first], sums.log_rest[..., first])
     q = torch.arange(n, dtype=torch.float64)[1:]  # query q sees q other keys, all of logit 0
     log_total = torch.logaddexp(torch.tensor(gap, dtype=torch.float64), q.log())
     assert (sums.log_rest[0, 0, 1:, 0] - (q.log() - log_total)).abs().max() < 1e-4
@@ -181,6 +239,56 @@ def test_sums_can_be_left_out():
     assert sums.diagonal is None
     assert torch.equal(out, whole)
     assert torch.equal(sums.log_attention, kept.log_attention)
+
+
+def test_chosen_keys_of_a_long_text_by_both_ways():
+    """Long enough for the flash kernel as it is; a suffix of queries sees earlier keys through a call of its own."""
+    generator = torch.Generator().manual_seed(5)
+    n, chosen = attention.FLASH_KEYS + 70, torch.tensor([900, 0, 1, 1080])
+    query, key, value = (torch.randn(2, heads, n, 16, generator=generator) for heads in (4, 2, 2))
+    key[:, :, 0] += 2 * query.mean(dim=2).unflatten(1, (2, 2)).sum(dim=2) * n**0.5  # a sink for many queries
+    blocks, expected = streamed_attention(query, key, value, AttentionForm(0.25), chosen=chosen)
+    assert expected.log_attention.exp()[:, :, 500:, 1].max() > 0.9
+    for start in (0, 600):
+        out, sums = streamed_attention(query[:, :, start:], key, value, AttentionForm(0.25), chosen=chosen, sums=False)
+        assert torch.allclose(out, blocks[:, start:], atol=1e-5)
+        for name in ("log_attention", "log_rest"):
+            found, own = getattr(sums, name), getattr(expected, name)[:, :, start:]
+            assert torch.equal(found == -math.inf, own == -math.inf)
+            assert (found - own).abs().nan_to_num().max() < 2e-5
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize(
+    "form", [AttentionForm(0.5), AttentionForm(0.5, window=20, softcap=3.0, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))]
+)
+def test_threads_change_no_bit(form, sums):
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(2, heads, 90, 8, generator=generator) for heads in (4, 2, 2))
+    found = {}
+    for threads in (1, 2, 3):
+        with threads_of(threads), sizes(**FLASH, JOINED_FLOATS=64):
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    out, kept = streamed_attention(query, key, value, form, chosen=torch.tensor([3, 0]), sums=sums)
+                found[threads, mode] = [x for x in (out, *vars(kept).values()) if x is not None]
+            assert torch.get_num_threads() == threads
+    first = found.pop((1, torch.no_grad))
+    assert all(torch.equal(a, b) for other in found.values() for a, b in zip(first, other, strict=True))
+
+
+def test_what_fails_on_a_thread_is_raised_and_leaves_none_behind():
+    def work(task: int) -> int:
+        if task == 5:
+            raise RuntimeError("task 5")
+        return torch.get_num_threads()
+
+    alive, before = threading.active_count(), torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="task 5"):
+        each(work, range(50), threads=3)
+    assert threading.active_count() == alive
+    assert torch.get_num_threads() == before
+    assert each(work, range(5), threads=3) == [1] * 5  # torch's own threads rest meanwhile
 
 
 def test_a_suffix_of_queries_gives_the_same_numbers_as_all_of_them():

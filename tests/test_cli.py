@@ -288,7 +288,11 @@ def test_an_interrupted_demo_keeps_what_it_has(model, tmp_path, capsys, monkeypa
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Effect, "save", save_and_interrupt)
-    assert main(["demo", folder, *texts, "--folder", str(out), "--overwrite"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
+    try:
+        assert main(["demo", folder, *texts, "--folder", str(out), "--overwrite"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     kept = {path.name for path in out.iterdir()} - {"notes.txt"}
     assert {"sinks.parquet", "layer_map.safetensors"} <= kept

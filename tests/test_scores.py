@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sink_circuits as sc
+from sink_circuits import attention
 from sink_circuits.errors import InputError
 from sink_circuits.scores import column_log_odds, column_scores, query_counts
 
@@ -98,6 +99,58 @@ def test_padding_changes_no_number(name, side):
     assert all(
         torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(padded.scores, alone.scores, strict=True)
     )
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("path", ["fast", "reference"])
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma3"])
+def test_chosen_keys_get_the_scores_that_all_keys_get(name, path, inclusive):
+    texts, keys = [eager.random_tokens(N), eager.random_tokens(33, seed=1)], ((7, 0, N - 3), (32,))
+    options = {"inclusive": inclusive, "min_queries": 2, "path": path}
+    found = sc.sink_scores(model_of(name), texts, keys=keys, **options)
+    assert found.keys == keys
+    for text, own, scores in zip(texts, keys, found.scores, strict=True):
+        expected = torch.full(scores.shape, math.nan, dtype=torch.double)
+        pattern = eager.forward(eager.tiny(name), text).pattern
+        every = eager.scores(pattern, eager.WINDOWS[name], inclusive=inclusive, min_queries=2)
+        expected[..., list(own)] = every[..., list(own)]
+        assert_same(scores, expected)
+    table = found.to_dataframe()
+    assert table.groupby("prompt")["pos"].agg(set).tolist() == [set(own) for own in keys]
+    row = table.query("prompt == 'prompt-0' and layer == 1 and head == 2 and pos == 7").iloc[0]
+    assert row.score == pytest.approx(found.scores[0][1, 2, 7].item())
+    with pytest.raises(InputError, match=r"prompt-1.*add key 0"):
+        found.sink_rate()
+
+
+def test_chosen_keys_of_a_long_text():
+    """Long enough for the kernel that only long texts use."""
+    n = attention.FLASH_KEYS + 40
+    keys = (n - 20, 0, 300)
+    found = sc.sink_scores(model_of("llama"), eager.random_tokens(n), keys=keys).scores[0]
+    expected = eager.scores(pattern_of("llama", n), [None] * len(found), min_queries=16)
+    assert_same(found[..., list(keys)], expected[..., list(keys)])
+
+
+def test_one_list_of_keys_serves_every_prompt():
+    texts = [prompt(), prompt((20,), 80, "b")]
+    whole, first = sc.sink_scores(lens(), texts), sc.sink_scores(lens(), texts, keys=[0])
+    assert first.keys == ((0,), (0,))
+    assert [s.isfinite().any(0).any(0).nonzero().flatten().tolist() for s in first.scores] == [[0], [0]]
+    assert first.sink_rate() == whole.sink_rate()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([-1], "position -1 is out of range"), ([0, 96], r"position 96.*0\.\.95"), ([[0], [1]], "keys of 2 prompts for 1"),
+        ([3, 3], "named twice"), ([], "no keys are named"), ([[]], "no keys are named"),
+    ],
+)  # fmt: skip
+def test_keys_are_checked_first(keys, message):
+    sc.adapt(lens())
+    with no_forward_pass(), pytest.raises(InputError, match=message):
+        sc.sink_scores(lens(), prompt(), keys=keys)
 
 
 @given(
