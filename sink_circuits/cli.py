@@ -412,6 +412,43 @@ class Claims:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Hold every instrument to random planted circuits, whose truth is known, and to models without any.
+
+    Example: sink-circuits calibrate --n-plants 30
+    """
+
+    n_plants: int = 30
+    """Random plants; variants of architecture take turns."""
+    n_null: int | None = None
+    """Models without a circuit; as many as plants when not given."""
+    seed: int = 0
+    """Names the plants: another seed, other plants."""
+    out: Path | None = None
+    """Write the table by variant here (.csv)."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def run(self) -> int:
+        _free(self.out, self.overwrite)
+        _check_suffix(self.out, (".csv",))
+        from sink_circuits.calibration import calibrate
+
+        result = calibrate(self.n_plants, self.seed, n_null=self.n_null, verbose=not self.quiet)
+        print(result)
+        if len(result.misses()):
+            print(f"\nMisses (the name makes the plant again):\n{_table(result.misses())}")
+        if self.out is not None:
+            from sink_circuits.results import write_whole
+
+            frame = result.to_dataframe()
+            write_whole(self.out, lambda temporary: frame.to_csv(temporary, index=False), overwrite=self.overwrite)
+        return int(not result.holds)
+
+
+@dataclass(frozen=True)
 class Demo:
     """The main job, start to end: find sinks, map and dose the MLPs that form them, and write a report that opens offline.
 
@@ -454,6 +491,7 @@ COMMANDS: dict[str, Callable] = {
     "ablate": Ablate,
     "dose": Dose,
     "claims": Claims,
+    "calibrate": Calibrate,
     "sweep": Sweep,
     "demo": Demo,
 }

@@ -316,3 +316,12 @@ def test_claims_and_controls_need_sensible_counts(model, capsys):
     assert main(["claims", folder, *texts, "--n-random", "0"]) == 2
     assert main(["ablate", folder, *texts, "--n-random", "-1"]) == 2
     assert capsys.readouterr().err.count("n_random") == 2
+
+
+def test_calibrate_prints_its_table(tmp_path, capsys):
+    out = tmp_path / "calibration.csv"
+    main(["calibrate", "--n-plants", "1", "--n-null", "0", "--out", str(out), "--quiet"])
+    assert "detection: secondary" in capsys.readouterr().out
+    table = pd.read_csv(out)
+    assert (table["right"] <= table["n"]).all()
+    assert main(["calibrate", "--n-plants", "0", "--quiet"]) == 2

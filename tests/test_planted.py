@@ -1,7 +1,8 @@
-"""The planted model holds what it says, measured by a forward pass written by hand (`hand.py`) and by nothing else.
+"""The minimal planted model holds what it says, measured by a forward pass written by hand (`hand.py`) and by nothing else.
 
 Each `fact_*` asserts one planted fact with numbers written here, not taken from `Planted.truth`. With the part that
-carries it left out, the fact must fail; where no other part depends on it, the other facts must survive.
+carries it left out, the fact must fail; where no other part depends on it, the other facts must survive. Random plants
+are in `test_random_plants.py`.
 """
 
 from __future__ import annotations

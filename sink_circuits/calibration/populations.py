@@ -1,0 +1,163 @@
+"""Is chance kept apart from effects? Intervals, tests and power over prompts, with and without a circuit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sink_circuits import statistics
+from sink_circuits.calibration.subjects import LEVEL, Answer, Row, Subject, answer
+from sink_circuits.experiments import Effect, dose_response, layer_map, measure
+from sink_circuits.interventions import Edit, zero
+from sink_circuits.planted import Plant, Sink
+
+N_POOL, N_POWER, N_NULL = 16, 8, 10
+"""Prompts of the population that intervals are to cover; those with controls; those of a null test."""
+SAMPLES, SAMPLE_SIZES = 8, (10, 20)
+"""Samples drawn from one population, of each size."""
+ALPHAS = (0.01, 0.05, 0.1)
+PLAIN_TOLERANCE = 2e-3
+"""Nats, between the package's effects and a plain Hugging Face forward pass with a hook (float32)."""
+NULL_FACTORS = (0.0, 1.0, 2.0)
+
+ROWS = (
+    Row("effects", "equal to those of a plain Hugging Face forward pass with a hook"),
+    *(Row(f"interval, {n} prompts", "covers the population's mean effect", LEVEL, "at least") for n in SAMPLE_SIZES),
+    Row("power", f"sink against control, {N_POWER} prompts: p <= 0.05"),
+    *(
+        Row(f"null: {test}, p <= {alpha}", "as often as that, at most", alpha, "at most")
+        for test in ("sign flips", "max-T", "trend")
+        for alpha in ALPHAS
+    ),
+    Row(f"null: interval, {N_NULL} prompts", "covers 0", LEVEL, "at least"),
+)
+
+
+def judge_population(subject: Subject) -> list[Answer]:
+    """A population of prompts whose effects a plain Hugging Face forward pass knows: effects, intervals, power.
+
+    Samples are drawn from the population with replacement, so that its mean is what their intervals are to cover.
+    """
+    pool, rng = subject.prompts("pool", N_POOL), np.random.default_rng(statistics.seed_of("pool", subject.name))
+    treated, controls, sinks = [], [], []
+    for index, ids in enumerate(pool.ids):
+        lives = [life for life in subject.plant.truth.lives(ids) if life[1].forming]
+        lives = [life for life in lives if life[1].kind != "primary"] or lives[:1]
+        pos, sink = lives[int(rng.integers(len(lives)))]
+        treated.append((index, pos, sink.kind, sink.l_start, sink.l_end))
+        if index < N_POWER:
+            controls.append((index, _ordinary(subject, ids, rng, 1)[0], "control", sink.l_start, sink.l_end))
+        sinks.append(sink)
+    both = subject.rows(pool, [*treated, *controls])
+
+    def edits(_, row) -> tuple[Edit, ...]:
+        return tuple(zero(layer, int(row["pos"])) for layer in sinks[int(row.name) % N_POOL].forming)
+
+    effect = measure(subject.model, pool, both, ["joint"], edits, what="joint", verbose=False)
+    effects = effect.over_lifetime("log_odds").to_numpy()[:, 0]
+    plain = plain_effects(
+        subject.plant, pool.ids, [(place[1], sink) for place, sink in zip(treated, sinks, strict=True)]
+    )
+    errors = np.abs(effects[:N_POOL] - plain)
+    answers = [Answer("effects", int((errors < PLAIN_TOLERANCE).sum()), N_POOL, f"largest error {errors.max():.2g}")]
+    for n in SAMPLE_SIZES:
+        covered = 0
+        for sample in range(SAMPLES):
+            drawn = effects[:N_POOL][rng.integers(0, N_POOL, n)]
+            interval = statistics.bootstrap_over_prompts(
+                drawn, range(n), name=f"{subject.name}/{n}/{sample}", confidence=LEVEL
+            )
+            covered += interval.low <= plain.mean() <= interval.high
+        answers.append(Answer(f"interval, {n} prompts", covered, SAMPLES))
+    against = statistics.difference_to_controls(
+        effects[:N_POWER], effects[N_POOL:], pool.names[:N_POWER], name=subject.name
+    )
+    return [*answers, answer("power", against.test.p <= 0.05, f"p = {against.test.p:.3g}")]
+
+
+@torch.no_grad()
+def plain_effects(
+    plant: Plant, texts: Sequence[Tensor], treated: Sequence[tuple[int, Sink]]
+) -> Float[np.ndarray, " prompt"]:
+    """Effect on log-odds of zeroing the forming MLPs at one position of each text, over its life: eager attention, one hook
+    per block, nothing of this package's measuring."""
+    batch = torch.stack(list(texts))
+    patterns = []
+    for edited in (False, True):
+        handles = []
+        for layer, block in enumerate(plant.architecture.layers(plant.hf_model)):
+            rows = [(row, pos) for row, (pos, sink) in enumerate(treated) if edited and layer in sink.forming]
+            handles.append(plant.architecture.contribution_module(block).register_forward_hook(_zeroed(rows)))
+        patterns.append([a.double() for a in plant.hf_model(batch, output_attentions=True).attentions])
+        for handle in handles:
+            handle.remove()
+    effects = []
+    for row, (pos, sink) in enumerate(treated):
+        layers = range(max(sink.l_start, min(sink.forming)) + 1, min(sink.l_end + 2, len(patterns[0])))
+        clean, after = (
+            np.mean([_log_odds(p[layer][row], pos, plant.window(layer)) for layer in layers]) for p in patterns
+        )
+        effects.append(after - clean)
+    return np.array(effects)
+
+
+def _zeroed(rows: Sequence[tuple[int, int]]):
+    def hook(module, args, out):
+        out = out.clone()
+        for row, pos in rows:
+            out[row, pos] = 0
+        return out
+
+    return hook
+
+
+def _log_odds(pattern: Float[Tensor, "head query key"], pos: int, window: int | None) -> float:
+    later = pattern[:, pos + 1 : None if window is None else pos + window]
+    own = later[..., pos]
+    return (own.log() - (later.sum(-1) - own).log()).mean().item()
+
+
+def _ordinary(subject: Subject, ids: Tensor, rng: np.random.Generator, n: int) -> list[int]:
+    """Positions of ordinary tokens in the middle of a text, drawn without replacement."""
+    places = (ids >= subject.plant.recipe.n_special).nonzero().flatten().numpy()
+    return rng.choice(places[(places >= 4) & (places < len(ids) - 18)], n, replace=False).tolist()
+
+
+def judge_null_tests(subject: Subject) -> list[Answer]:
+    """Differences between two ordinary tokens that chance tells apart: as likely positive as negative, so that p <= alpha
+    with probability alpha at most, and an interval covers 0."""
+    tokens, n_layers = subject.prompts("null", N_NULL), subject.plant.recipe.shape.n_layers
+    rng = np.random.default_rng(statistics.seed_of("null", subject.name))
+    pairs = [_ordinary(subject, ids, rng, 2) for ids in tokens.ids]
+    first, *others = rng.choice(n_layers - 1, 3, replace=False).tolist()
+    places = [(index, pair[side], "ordinary", 0, n_layers - 1) for side in range(2) for index, pair in enumerate(pairs)]
+    table = subject.rows(tokens, places)
+
+    def differences(effect: Effect) -> Float[np.ndarray, "prompt edit"]:
+        values = effect.over_lifetime("log_odds").to_numpy()
+        return values[:N_NULL] - values[N_NULL:]
+
+    doses = differences(dose_response(subject.model, tokens, table, layer=first, factors=NULL_FACTORS, verbose=False))
+    more = differences(layer_map(subject.model, tokens, table, layers=sorted(others), verbose=False))
+    by_layer = np.column_stack([doses[:, 0], more])
+    p = {
+        "sign flips": statistics.sign_flip_test(by_layer[:, 0], range(N_NULL), name=subject.name).p,
+        "max-T": float(np.nanmin(statistics.max_t(by_layer, name=subject.name).p)),
+        "trend": statistics.trend_test(NULL_FACTORS, doses, alternative="two-sided", name=subject.name).p,
+    }
+    interval = statistics.bootstrap_over_prompts(by_layer[:, 0], range(N_NULL), name=subject.name, confidence=LEVEL)
+    rates = [
+        Answer(f"null: {test}, p <= {alpha}", int(value <= alpha), 1, f"p = {value:.4g}")
+        for test, value in p.items()
+        for alpha in ALPHAS
+    ]
+    covers = interval.low <= 0 <= interval.high
+    return [*rates, answer(f"null: interval, {N_NULL} prompts", covers, f"{interval.low:.3g} to {interval.high:.3g}")]
+
+
+JUDGES = (judge_population,)
+NULL_JUDGES = (judge_null_tests,)

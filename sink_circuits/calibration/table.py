@@ -1,0 +1,169 @@
+"""The calibration table: all judges over many random plants.
+
+To hold another instrument to the plants, write a judge, a function of a `Subject` that returns `Answer`s, with its `ROWS`
+and `JUDGES` in a room of its own, and name the room in `ROOMS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sink_circuits import planted
+from sink_circuits.calibration import causes, finding, populations
+from sink_circuits.calibration.subjects import LEVEL, Answer, Judge, Judged, Row, answer, subject_of
+from sink_circuits.errors import InputError, SinkCircuitsError
+
+ROOMS = (finding, causes, populations)
+ERRORS = Row("errors", "instruments answer: none refuses a plant")
+ROWS: tuple[Row, ...] = (*(row for room in ROOMS for row in room.ROWS), ERRORS)
+"""The lines of the table, in order."""
+JUDGES: tuple[Judge, ...] = tuple(judge for room in ROOMS for judge in room.JUDGES)
+"""Judges of plants."""
+NULL_JUDGES: tuple[Judge, ...] = tuple(judge for room in ROOMS for judge in room.NULL_JUDGES)
+"""Judges of models without a circuit."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` returns: all answers about all plants. `plants`: one `Judged` per plant, null ones included."""
+
+    plants: tuple[Judged, ...]
+    rows: tuple[Row, ...] = ROWS
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per instrument and variant, and one for "all" variants.
+
+        Columns: instrument, variant, n_plants, n (answers), right, rate, nominal, low, high (Wilson's interval of the rate,
+        95 %), verdict. Verdict: "as planted" where all are right; for a nominal rate "holds" unless the interval leaves
+        it out on the wrong side ("too low", "too often"); "misses" otherwise.
+        """
+        frame = self._answers()
+        lines = []
+        for row in self.rows:
+            own = frame[frame["instrument"] == row.instrument]
+            for variant in [*sorted(own["variant"].unique()), "all"] if len(own) else []:
+                part = own if variant == "all" else own[own["variant"] == variant]
+                lines.append(_line(row, variant, part))
+        return pd.DataFrame(lines)
+
+    def misses(self) -> pd.DataFrame:
+        """One row per plant and instrument that should always be right and was not: plant (its name makes it again), variant,
+        instrument, right, of, detail."""
+        always = {row.instrument for row in self.rows if row.rule == "all"}
+        frame = self._answers()
+        return frame[frame["instrument"].isin(always) & (frame["right"] < frame["of"])].reset_index(drop=True)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every line over all variants is "as planted" or "holds"."""
+        frame = self.to_dataframe()
+        return bool(frame.loc[frame["variant"] == "all", "verdict"].isin(("as planted", "holds")).all())
+
+    def _answers(self) -> pd.DataFrame:
+        rows = [
+            {"plant": one.plant, "variant": one.variant, **vars(answer)}
+            for one in self.plants
+            for answer in one.answers
+        ]
+        return pd.DataFrame(rows, columns=["plant", "variant", "instrument", "right", "of", "detail"])
+
+    def __repr__(self) -> str:
+        frame = self.to_dataframe()
+        frame = frame[frame["variant"] == "all"].drop(columns="variant")
+        build, judge = (np.median([one.seconds[i] for one in self.plants]) for i in range(2))
+        table = frame.to_string(index=False, float_format=lambda x: f"{x:.3g}", justify="left")
+        return (
+            f"Calibration on {len(self.plants)} plants ({build:.2g} s each to build, {judge:.2g} s to judge)\n{table}"
+        )
+
+
+def _line(row: Row, variant: str, part: pd.DataFrame) -> dict:
+    from scipy.stats import binomtest
+
+    right, n = int(part["right"].sum()), int(part["of"].sum())
+    interval = binomtest(right, n).proportion_ci(LEVEL, method="wilson") if n else None
+    low, high = (interval.low, interval.high) if n else (np.nan, np.nan)
+    verdict = {
+        "all": "as planted" if right == n else "misses",
+        "at least": "too low" if high < row.nominal else "holds",
+        "at most": "too often" if low > row.nominal else "holds",
+    }[row.rule]
+    return {
+        "instrument": row.instrument, "variant": variant, "n_plants": part["plant"].nunique(), "n": n, "right": right,
+        "rate": right / n if n else np.nan, "nominal": row.nominal, "low": low, "high": high, "verdict": verdict if n else "not asked",
+    }  # fmt: skip
+
+
+def calibrate(
+    n_plants: int = 100, seed: int | str = 0, *, n_null: int | None = None, variants: Sequence[str] = planted.VARIANTS,
+    backend: str = "bridge", judges: Sequence[Judge] = JUDGES, null_judges: Sequence[Judge] = NULL_JUDGES,
+    executor: Executor | None = None, verbose: bool = True,
+) -> Calibration:  # fmt: skip
+    """Hold every instrument to `n_plants` random plants, and to `n_null` (as many when None) without a circuit.
+
+    Plants are named "<seed>/<number>", variants take turns. `backend`: "bridge" or "hooked", the TransformerLens class that
+    holds them. `judges`, `null_judges`: of the one kind and of the other. `executor`: anything with `submit`
+    (concurrent.futures), for several processes. Raises InputError.
+    """
+    n_null = n_plants if n_null is None else n_null
+    for name, value, low in (("n_plants", n_plants, 1), ("n_null", n_null, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{name} = {value!r}: a whole number, at least {low}.")
+    if backend not in ("bridge", "hooked"):
+        raise InputError(f"backend {backend!r} is unknown: use 'bridge' or 'hooked'.")
+    if unknown := [one for one in variants if one not in planted.VARIANTS]:
+        raise InputError(f"variant {unknown[0]!r} is unknown: use some of {', '.join(planted.VARIANTS)}.")
+    if not variants:
+        raise InputError(f"no variants were given: use some of {', '.join(planted.VARIANTS)}.")
+    work: list[Callable[[], Judged]] = [
+        functools.partial(judge, f"{seed}/{number}", variants[number % len(variants)], backend, asked)
+        for judge, n, asked in ((judge_plant, n_plants, judges), (judge_null_plant, n_null, null_judges))
+        for number in range(n)
+    ]
+    bar = tqdm(total=len(work), desc="calibrating", unit="plant", disable=not verbose)
+    judged = []
+    if executor is None:
+        results: Iterable[Judged] = (one() for one in work)
+    else:
+        futures = [executor.submit(one) for one in work]
+        results = (future.result() for future in futures)
+    for one in results:
+        judged.append(one)
+        bar.update()
+    bar.close()
+    return Calibration(tuple(judged))
+
+
+def judge_plant(name: str, variant: str, backend: str = "bridge", judges: Sequence[Judge] = JUDGES) -> Judged:
+    """All answers about `random_plant(name, variant=variant)`."""
+    return _judged(planted.random_plant, name, name, variant, backend, judges)
+
+
+def judge_null_plant(name: str, variant: str, backend: str = "bridge", judges: Sequence[Judge] = NULL_JUDGES) -> Judged:
+    """All answers about `null_plant(name, variant=variant)`."""
+    return _judged(planted.null_plant, name, f"{name}/null", variant, backend, judges)
+
+
+def _judged(
+    make: Callable[..., planted.Plant], name: str, label: str, variant: str, backend: str, judges: Sequence[Judge]
+) -> Judged:
+    started = time.perf_counter()
+    plant = make(name, variant=variant)
+    built = time.perf_counter()
+    subject = subject_of(name, plant, backend)
+    answers: list[Answer] = []
+    for judge in judges:
+        try:
+            own, error = judge(subject), ""
+        except SinkCircuitsError as refusal:
+            own, error = [], f"{getattr(judge, '__name__', judge)}: {refusal}"
+        answers += [*own, answer(ERRORS.instrument, not error, error)]
+    return Judged(label, variant, tuple(answers), (built - started, time.perf_counter() - built))
