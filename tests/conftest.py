@@ -1,4 +1,4 @@
-"""Which tests run: fast ones by default, slow ones with --runslow, a repeatable draw of them with --slow-sample."""
+"""Which tests run: fast ones by default, slow and long ones with --runslow, a repeatable draw of the slow with --slow-sample."""
 
 import os
 import random
@@ -32,9 +32,10 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--runslow"):
         return
-    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
+    long = {item.nodeid for item in items if item.get_closest_marker("long")}
+    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow") and item.nodeid not in long)
     count = min(config.getoption("--slow-sample"), len(slow))
-    left_out = set(slow).difference(random.Random(config.getoption("--seed")).sample(slow, count))
+    left_out = long | set(slow).difference(random.Random(config.getoption("--seed")).sample(slow, count))
     dropped = [item for item in items if item.nodeid in left_out]
     if dropped:
         items[:] = [item for item in items if item.nodeid not in left_out]

@@ -247,6 +247,7 @@ def test_calibrate_takes_turns_and_any_executor():
 # Hundreds of plants.
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", planted.VARIANTS)
 def test_every_instrument_on_34_plants(variant):
@@ -257,6 +258,7 @@ def test_every_instrument_on_34_plants(variant):
         assert frame.loc[f"interval, {n} prompts", "rate"].max() > 0.85
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_is_found_in_200_null_plants():
     result = calibrate(1, "slow", n_null=200, judges=(), verbose=False)
@@ -266,6 +268,7 @@ def test_nothing_is_found_in_200_null_plants():
     assert frame["verdict"].isin(("holds", "as planted")).all(), frame.to_string()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hooked_transformer_gives_the_same_answers():
     pytest.importorskip("transformer_lens.HookedTransformer")
