@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -202,7 +202,7 @@ def ablate_neurons(
     labels = ["named", *(f"random {draw}" for draw in range(n_random))]
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
-        sink = int(row.name)  # type: ignore[call-overload]  # the table's index counts its rows
+        sink = cast(int, row.name)  # the table's index counts its rows
         chosen = named[sink] if label == "named" else _others(named[sink], post.shape[1], label, row)
         part = neuron_part(mlps[int(layers[sink])], post[sink : sink + 1], chosen)
         return (without_neurons(int(layers[sink]), int(row["pos"]), part),)
