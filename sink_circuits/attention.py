@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK_ROWS = 64
-"""Queries in one block of attention weights: more waste work above the diagonal, fewer make poorer matrix products."""
+"""Queries in one block of attention weights: more waste work above the diagonal, fewer make poorer matrix products. On a
+GPU, where the number of kernels counts, only BLOCK_FLOATS bounds them."""
 
 BLOCK_FLOATS = 1 << 21
 """Floats that one block may hold (8 MiB) where texts are so long that fewer queries must do."""
@@ -170,7 +171,8 @@ def _in_blocks(
     widest = n_key if form.window is None else min(n_key, form.window + BLOCK_ROWS)
     slab = min(n_flat, max(1, SLAB_FLOATS // (group * BLOCK_ROWS * widest)))
     slabs = [slice(low, min(low + slab, n_flat)) for low in range(0, n_flat, slab)]
-    blocks = list(query_blocks(n_query, offset, form.window, BLOCK_FLOATS / (slab * group)))
+    most_rows = BLOCK_ROWS if query.device.type == "cpu" else n_query
+    blocks = list(query_blocks(n_query, offset, form.window, BLOCK_FLOATS / (slab * group), most_rows))
     areas = [(stop - start) * (offset + stop - first) for start, stop, first in blocks]
     runs = [blocks[own] for own in bands(areas, -(-BANDS // len(slabs)))]
     tasks = [(at, run) for run in runs for at in slabs]
@@ -178,8 +180,9 @@ def _in_blocks(
     buffers: SimpleQueue[Tensor] = SimpleQueue()  # one block's scores, then its weights: reused, never freed in between
     for _ in range(threads):
         buffers.put(torch.empty(max(areas) * slab * group, **float32))
-    most = max(stop - start for start, stop, _ in blocks)
-    triangle = torch.ones(most, most, dtype=torch.bool, device=query.device).triu_(1)
+    rows_of_largest = max(stop - start for start, stop, _ in blocks)
+    triangle = torch.ones(rows_of_largest, rows_of_largest, dtype=torch.bool, device=query.device).triu_(1)
+    columns = torch.tensor(keys, dtype=torch.long, device=query.device)
 
     def block(at: slice, start: int, stop: int, first: int, buffer: Tensor) -> Tensor | None:
         rows, last = stop - start, offset + stop
@@ -195,8 +198,7 @@ def _in_blocks(
         out[at, :, here] = torch.bmm(weights, value[at, first:last]).view(-1, group, rows, d_value)
         seen = slice(bisect_left(keys, first), bisect_left(keys, last))
         if seen.start < seen.stop:
-            columns = torch.tensor(keys[seen], device=query.device) - first
-            own, rest = chosen_of(by_head, columns, sink_share)
+            own, rest = chosen_of(by_head, columns[seen] - first, sink_share)
             log_attention[at, :, here, seen], log_rest[at, :, here, seen] = own.log_(), rest.log_()
         if diagonal is None:
             return None
@@ -225,15 +227,17 @@ def _in_blocks(
     return out, AttentionSums(later, diagonal, log_attention, log_rest)
 
 
-def query_blocks(n_query: int, offset: int, window: int | None, budget: float) -> Iterator[tuple[int, int, int]]:
-    """Cut the queries into (start, stop, first visible key): BLOCK_ROWS rows, or so many that rows * keys fit `budget`."""
+def query_blocks(
+    n_query: int, offset: int, window: int | None, budget: float, most_rows: int
+) -> Iterator[tuple[int, int, int]]:
+    """Cut the queries into (start, stop, first visible key): `most_rows`, or so many that rows * keys fit `budget`."""
     start = 0
     while start < n_query:
         first = 0 if window is None else max(0, offset + start - window + 1)
         visible = offset + start + 1 - first
         # rows * (visible + rows) <= budget, solved for rows
         rows = max(1, int((-visible + (visible**2 + 4 * budget) ** 0.5) / 2))
-        stop = min(n_query, start + min(rows, BLOCK_ROWS))
+        stop = min(n_query, start + min(rows, most_rows))
         yield start, stop, first
         start = stop
 
