@@ -664,6 +664,7 @@ def test_wrong_deltas(deltas, chosen, how, message):
         )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_models(name):
