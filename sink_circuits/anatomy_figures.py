@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sink_circuits.figures import (
+from sink_circuits.figures.look import (
     BLUE,
     GREEN,
     GRID,
@@ -25,15 +25,15 @@ from sink_circuits.figures import (
     PURPLE,
     SKY,
     VERMILLION,
-    _bars,
-    _finish,
-    _interval_trace,
-    _layer_ticks,
-    _nones,
-    _safe,
-    _sink_name,
-    _whose,
+    bars,
+    finish,
+    interval_trace,
+    layer_ticks,
+    nones,
+    safe,
+    sink_name,
     visible,
+    whose,
 )
 
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
@@ -64,7 +64,7 @@ def mlp_stages_figure(result) -> go.Figure:
     figure = _stacked([*titles, "cosine with the primary direction"], 0.24)
     panels = [(result.data["cosine"].sel(branch=b), result.data["ordinary"].sel(branch=b)) for b in branches]
     panels.append((result.data["direction"], result.data["ordinary_direction"]))
-    sinks, shown = [_sink_name(sink) for _, sink in result.table.iterrows()], set()
+    sinks, shown = [sink_name(sink) for _, sink in result.table.iterrows()], set()
     for row, (cosine, ordinary) in enumerate(panels, 1):
         for i, stage in enumerate(str(s) for s in result.data["stage"].values):
             own, other = (values.sel(stage=stage).to_numpy() for values in (cosine, ordinary))
@@ -82,7 +82,7 @@ def mlp_stages_figure(result) -> go.Figure:
     layers = sorted({int(x) for x in result.data["layer"].values})
     missing = f"Does not exist here: {'; '.join(result.missing())}." if result.missing() else ""
     text = (
-        f"{_whose(result)}; MLP{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}. Small open marks: mean of ordinary tokens, "
+        f"{whose(result)}; MLP{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}. Small open marks: mean of ordinary tokens, "
         f"of the same token id where there are any. {missing}"
     )
     title = "MLP stages: when a sink begins to look like the primary"
@@ -110,7 +110,7 @@ def writers_figure(result) -> go.Figure:
             )  # fmt: skip
             _add(figure, row, bar)
         line = go.Scatter(
-            x=layers.tolist(), y=_nones(so_far[rows].mean(axis=0)), mode="lines+markers", name="written so far", showlegend=row == 1,
+            x=layers.tolist(), y=nones(so_far[rows].mean(axis=0)), mode="lines+markers", name="written so far", showlegend=row == 1,
             line={"color": INK, "width": 1.6}, marker={"size": 4, "color": INK},
             hovertemplate="after layer %{x}: %{y:.4g}<extra></extra>",
         )  # fmt: skip
@@ -120,11 +120,11 @@ def writers_figure(result) -> go.Figure:
         figure.add_vrect(x0=start - 0.5, x1=end + 0.5, row=row, col=1, **shade)
         figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=row, col=1)
     figure.update_layout(barmode="relative", bargap=0.3)
-    figure.update_xaxes(showticklabels=True, range=[-1.7, layers[-1] + 0.7], **_layer_ticks(layers))
+    figure.update_xaxes(showticklabels=True, range=[-1.7, layers[-1] + 0.7], **layer_ticks(layers))
     figure.update_xaxes(title_text="layer (-1: embedding)", row=len(groups), col=1)
     figure.update_yaxes(title_text="projection")
     text = (
-        f"{_whose(result)}. Projection on the primary direction of each sink's life, less the mean of ordinary tokens "
+        f"{whose(result)}. Projection on the primary direction of each sink's life, less the mean of ordinary tokens "
         "(units of the residual stream). Shaded: the sinks' life (median)."
     )
     title = "Who writes a sink's direction, and who erases it"
@@ -141,7 +141,7 @@ def neurons_figure(result, n_shown: int = 8) -> go.Figure:
     shares = (sums / sums[:, -1:])[:, at - 1]
     for kind in _kinds(result.table):
         rows = np.flatnonzero(result.table["kind"] == kind)
-        names = [_sink_name(result.table.iloc[row]) for row in rows]
+        names = [sink_name(result.table.iloc[row]) for row in rows]
         _add(figure, 1, _lines(at, shares[rows], names, f"{kind} sinks", KIND_LOOK[kind], "%{x} neurons"))
     for share in (0.5, 0.9, 1.0):
         figure.add_hline(y=share, line={"color": MUTED, "width": 1, "dash": "dot"}, row=1, col=1)
@@ -164,7 +164,7 @@ def neurons_figure(result, n_shown: int = 8) -> go.Figure:
     figure.update_yaxes(title_text="cosine", row=2, col=1)
     half, most, ratio = (x.median() for x in (result.carriers(0.5), result.carriers(0.9), result.participation()))
     text = (
-        f"{_whose(result)}. Neurons that carry 50%: {half:.3g}, 90%: {most:.3g} of {writes.shape[1]}; participation ratio "
+        f"{whose(result)}. Neurons that carry 50%: {half:.3g}, 90%: {most:.3g} of {writes.shape[1]}; participation ratio "
         f"{ratio:.3g} (medians). Below: median and range over sinks; the sign of up alone is a convention."
     )
     return _finished(figure, "The neurons that carry the forming write", text, height=640, bottom=60, legend_rows=2)
@@ -183,7 +183,7 @@ def norms_by_layer_figure(result) -> go.Figure:
         for kind in _kinds(result.table):
             rows = np.flatnonzero(result.table["kind"] == kind)
             own = result.table.iloc[rows]
-            names = [_safe(f"rest of {x['prompt']}") if kind == "rest" else _sink_name(x) for _, x in own.iterrows()]
+            names = [safe(f"rest of {x['prompt']}") if kind == "rest" else sink_name(x) for _, x in own.iterrows()]
             width = 1.2 if kind == "secondary" else 2.0
             name = "mean of the rest" if kind == "rest" else kind
             trace = _lines(
@@ -192,7 +192,7 @@ def norms_by_layer_figure(result) -> go.Figure:
             _add(figure, row, trace.update(showlegend=row == 1, legendgroup=kind))
         figure.update_yaxes(title_text="l2 norm", rangemode="tozero", row=row, col=1)
     figure.update_yaxes(type="log", tickformat="~s", dtick=1, row=3, col=1)
-    figure.update_xaxes(showticklabels=True, **_layer_ticks(layers))
+    figure.update_xaxes(showticklabels=True, **layer_ticks(layers))
     figure.update_xaxes(title_text="layer", row=3, col=1)
     text = f"{_model(result)}, {_prompts(result.table)}: a line for each sink, and for each prompt the mean of its ordinary tokens."
     return _finished(figure, "Norms of keys, values and hidden states", text, height=760, bottom=56)
@@ -202,7 +202,7 @@ def levels_figure(result) -> go.Figure:
     """Figure 2 of the study: creation layer by lifetime, colour log(1 + count), counts written in; one panel per model."""
     models, counts = [str(m) for m in result.data["model"].values], result.data["count"].to_numpy()
     starts, lives = (result.data[name].to_numpy() for name in ("l_start", "lifetime"))
-    figure = _stacked([_safe(m) for m in models])
+    figure = _stacked([safe(m) for m in models])
     ticks = [c for c in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000) if c <= counts.max()]
     written = "%{text}" if max(len(starts), len(lives)) <= 40 else ""
     for row, own in enumerate(counts, 1):
@@ -215,10 +215,10 @@ def levels_figure(result) -> go.Figure:
         )  # fmt: skip
         _add(figure, row, heat)
     figure.update_xaxes(
-        showgrid=False, showticklabels=True, range=[starts[0] - 0.5, starts[-1] + 0.5], **_layer_ticks(starts)
+        showgrid=False, showticklabels=True, range=[starts[0] - 0.5, starts[-1] + 0.5], **layer_ticks(starts)
     )
     figure.update_yaxes(
-        showgrid=False, title_text="lifetime (layers)", range=[lives[0] - 0.5, lives[-1] + 0.5], **_layer_ticks(lives)
+        showgrid=False, title_text="lifetime (layers)", range=[lives[0] - 0.5, lives[-1] + 0.5], **layer_ticks(lives)
     )
     figure.update_xaxes(title_text="creation layer l_start", row=len(models), col=1)
     text = (
@@ -234,12 +234,12 @@ def score_by_lifetime_figure(result) -> go.Figure:
         ["mean sink score by lifetime", "sink score by layer", "norm of the MLP's output by layer (log scale)"]
     )
     lives, layers = result.table["lifetime"].to_numpy(), result.data["layer"].to_numpy()
-    names, scale, means = [_sink_name(sink) for _, sink in result.table.iterrows()], _scale(lives), result.by_lifetime()
+    names, scale, means = [sink_name(sink) for _, sink in result.table.iterrows()], _scale(lives), result.by_lifetime()
     points = _marks(lives, result.table["life_score"].to_numpy(dtype=float), names, "sinks", INK, "circle", size=8)
     points.marker.update(
         color=lives.tolist(), line={"color": INK, "width": 0.6}, colorbar=_scale_bar("lifetime<br>(layers)"), **scale
     )
-    mean = _interval_trace(
+    mean = interval_trace(
         means["lifetime"].to_numpy(), means, "mean", MUTED, "mean over prompts", "lifetime %{x}", marker="diamond-open"
     )
     _add(figure, 1, points, mean)
@@ -260,9 +260,9 @@ def score_by_lifetime_figure(result) -> go.Figure:
         figure.update_yaxes(title_text="score (share)", rangemode="tozero", row=row, col=1)
     figure.update_yaxes(title_text="l2 norm", type="log", tickformat="~s", dtick=1, row=3, col=1)
     figure.update_xaxes(title_text="lifetime (layers)", row=1, col=1)
-    figure.update_xaxes(row=2, col=1, **_layer_ticks(layers))
-    figure.update_xaxes(title_text="layer", row=3, col=1, **_layer_ticks(layers))
-    text = f"{_whose(result)}. Means over heads; by lifetime also over the layers that read the sink. {_bars(means)}"
+    figure.update_xaxes(row=2, col=1, **layer_ticks(layers))
+    figure.update_xaxes(title_text="layer", row=3, col=1, **layer_ticks(layers))
+    text = f"{whose(result)}. Means over heads; by lifetime also over the layers that read the sink. {bars(means)}"
     title = "Sink score, lifetime and the MLP's output"
     return _finished(figure, title, text, height=840, bottom=56).update_layout(margin_r=70)
 
@@ -307,7 +307,7 @@ def clustering_figure(result) -> go.Figure:
     gaps = {"vertical_spacing": 0.1, "horizontal_spacing": 0.03}
     figure = make_subplots(rows=len(spaces), cols=len(layers), subplot_titles=titles, **gaps)
     is_sink = result.table["is_sink"].to_numpy(dtype=bool)
-    names = [_sink_name(token) for _, token in result.table.iterrows()]
+    names = [sink_name(token) for _, token in result.table.iterrows()]
     groups = ((is_sink, "sinks", VERMILLION, "circle"), (~is_sink, "same token, no sink", BLUE, "square-open"))
     for i in range(len(spaces)):
         for j in range(len(layers)):
@@ -380,7 +380,7 @@ def key_query_geometry_figure(result) -> go.Figure:
             for kind in _kinds(given):
                 own = given[(given["when"] == when) & (given["kind"] == kind)]
                 names = [
-                    f"{_sink_name(s)}<br>layer {s['layer']}, head {s['head']}, score {s['score']:.3f}"
+                    f"{sink_name(s)}<br>layer {s['layer']}, head {s['head']}, score {s['score']:.3f}"
                     for _, s in own.iterrows()
                 ]
                 colour, _, marker = KIND_LOOK[kind]
@@ -398,7 +398,7 @@ def key_query_geometry_figure(result) -> go.Figure:
         figure.update_xaxes(title_text="ordinary keys (mean)", row=row, col=1)
         figure.update_yaxes(title_text="the sink's key", row=row, col=1)
     text = (
-        f"{_whose(result)}; the {result.data.sizes['rank']} heads that attend most to each. Means over the queries that see the sink. "
+        f"{whose(result)}; the {result.data.sizes['rank']} heads that attend most to each. Means over the queries that see the sink. "
         "Open marks: before rotary; dotted: equal."
     )
     return _finished(figure, "Keys and queries of the heads that attend to a sink", text, height=860, bottom=60)
@@ -427,8 +427,8 @@ def _add(figure: go.Figure, row: int, *traces) -> None:
 
 
 def _finished(figure: go.Figure, title: str, text: str, *, height: int, bottom: int, legend_rows: int = 1) -> go.Figure:
-    """`figures._finish`, with room for a legend of several rows, or of bars."""
-    figure = _finish(figure, title, text, height=height, bottom=bottom)
+    """`look.finish`, with room for a legend of several rows, or of bars."""
+    figure = finish(figure, title, text, height=height, bottom=bottom)
     plot = figure.layout.height - figure.layout.margin.t - bottom
     bars = any(trace.type == "bar" for trace in figure.data) and not figure.layout.showlegend
     more = 24 * (legend_rows - 1 + bars)
@@ -440,7 +440,7 @@ def _lines(x, rows: np.ndarray, names: Sequence[str], name: str, look, where: st
     """Lines of rows [line, x] as one trace, broken by None: hundreds of them stay one entry of the legend."""
     n, (colour, dash, _) = len(x), look
     return go.Scatter(
-        x=[*x.tolist(), None] * len(rows), y=[value for row in rows for value in (*_nones(row), None)],
+        x=[*x.tolist(), None] * len(rows), y=[value for row in rows for value in (*nones(row), None)],
         text=[text for one in names for text in (*[one] * n, None)], mode="lines", name=name,
         line={"color": colour, "width": width, "dash": dash}, hovertemplate=f"%{{text}}<br>{where}: %{{y:.4g}}<extra></extra>",
     )  # fmt: skip
@@ -450,7 +450,7 @@ def _marks(
     x, y, names: Sequence[str], name: str, colour: str, symbol: str, *, size: int, showlegend: bool = True
 ) -> go.Scatter:
     return go.Scatter(
-        x=x.tolist(), y=_nones(y), text=list(names), mode="markers", name=name, showlegend=showlegend,
+        x=x.tolist(), y=nones(y), text=list(names), mode="markers", name=name, showlegend=showlegend,
         marker={"color": colour, "symbol": symbol, "size": size}, hovertemplate=f"%{{text}}<br>%{{y:.4g}}<extra>{name}</extra>",
     )  # fmt: skip
 
@@ -459,7 +459,7 @@ def _spread(x, values: np.ndarray, colour: str, symbol: str, name: str) -> go.Sc
     """Medians over rows of values [sink, rank], bars from the smallest to the largest."""
     given = values[np.isfinite(values).any(axis=1)]
     middle, low, high = np.nanmedian(given, axis=0), np.nanmin(given, axis=0), np.nanmax(given, axis=0)
-    ends = {"array": _nones(high - middle), "arrayminus": _nones(middle - low)}
+    ends = {"array": nones(high - middle), "arrayminus": nones(middle - low)}
     trace = _marks(x, middle, [f"neuron {rank}" for rank in range(1, len(x) + 1)], name, colour, symbol, size=8)
     return trace.update(
         error_y={"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": colour, **ends}
@@ -469,7 +469,7 @@ def _spread(x, values: np.ndarray, colour: str, symbol: str, name: str) -> go.Sc
 def _sink_axis(figure: go.Figure, table: pd.DataFrame, last: int) -> None:
     n = len(table)
     if n <= MAX_NAMED:
-        labels = [_safe(f"{visible(str(sink.token))} {sink.pos}") for sink in table.itertuples()]
+        labels = [safe(f"{visible(str(sink.token))} {sink.pos}") for sink in table.itertuples()]
         figure.update_xaxes(tickvals=list(range(n)), ticktext=labels, tickangle=-60 if n > 6 else 0)
     figure.update_xaxes(range=[-0.6, n - 0.4], showgrid=False, showticklabels=False)
     title = "sink instance (token, position)"

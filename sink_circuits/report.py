@@ -578,7 +578,7 @@ def _control_rows(controls) -> list[dict]:
 def _lift_title(figure) -> tuple[str, str]:
     """Take title and note out of a figure, as plain text: the page wraps them to its width, plotly wraps nothing.
 
-    A figure's title is `<b>title</b><br><span>note</span>` with line breaks for a phone (`figures._finish`).
+    A figure's title is `<b>title</b><br><span>note</span>` with line breaks for a phone (`figures.look.finish`).
     """
     parts = (figure.layout.title.text or "").partition("</b>")[::2]
     heading, note = (html.unescape(re.sub("<[^>]*>", "", part.replace("<br>", " "))).strip() for part in parts)

@@ -1,0 +1,15 @@
+"""Figures: what was measured, drawn. Pure functions of results; no model is run here.
+
+Every result reaches its figure by its own `.plot()`; `save_figure` writes any of them.
+"""
+
+from sink_circuits.figures.experiments import ablation_figure, dose_response_figure, effect_figure, layer_map_figure
+from sink_circuits.figures.files import figure_json, save_figure, script_json
+from sink_circuits.figures.look import AXIS_LABELS, CONFIG, LINE_LENGTH, NAMES, visible
+from sink_circuits.figures.token_view import TOKEN_CSS, VIEW_SCRIPT, circuitsvis_source, sink_tokens_view
+
+__all__ = [
+    "AXIS_LABELS", "CONFIG", "LINE_LENGTH", "NAMES", "TOKEN_CSS", "VIEW_SCRIPT", "ablation_figure", "circuitsvis_source",
+    "dose_response_figure", "effect_figure", "figure_json", "layer_map_figure", "save_figure", "script_json", "sink_tokens_view",
+    "visible",
+]  # fmt: skip

@@ -1,0 +1,211 @@
+"""How figures look: colours, axes, titles and labels that all of them share.
+
+Colours are Okabe-Ito's, told apart by colour-blind readers, and lines differ in dash and marker too, so that a page
+printed in grey can be read. Panels are stacked, never side by side: they stay legible on a phone.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+import unicodedata
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+INK, MUTED, GRID, IMPOSSIBLE = "#222222", "#5a5a5a", "#e4e4e4", "#c9c9c9"
+DIVERGING = [[0.0, "#00456d"], [0.25, "#4a9ccb"], [0.5, "#f7f7f7"], [0.75, "#e8955a"], [1.0, "#8a3c00"]]
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+LINE_LENGTH = 50
+"""Characters of a figure's title that fit a phone of 360 px."""
+
+AXIS_LABELS = {
+    "score": "sink score (share)",
+    "log_odds": "log-odds (nats)",
+    "primary_score": "primary's score (share)",
+    "primary_log_odds": "primary's log-odds (nats)",
+    "loss": "next-token loss (nats)",
+    "lifetime": "lifetime (layers)",
+    "kl": "KL divergence (nats)",
+}
+NAMES = {
+    "score": "sink score",
+    "log_odds": "attention log-odds",
+    "primary_score": "primary sink's score",
+    "primary_log_odds": "primary sink's log-odds",
+    "loss": "next-token loss",
+    "lifetime": "lifetime",
+    "kl": "KL divergence of the next token",
+}
+CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
+"""plotly's own options, for every page."""
+
+
+def nones(values: np.ndarray) -> list:
+    """Nested lists with None for NaN: JSON has no NaN, and plotly draws a gap for None."""
+    return np.where(np.isfinite(values), values.astype(object), None).tolist()
+
+
+def interval_trace(
+    x, rows: pd.DataFrame, column: str, colour: str, name: str, where: str, *, dash="solid", marker="circle"
+) -> go.Scatter:
+    """A line through the means in `column` with error bars from `low` to `high`."""
+    middle = rows[column].to_numpy(dtype=float)
+    ends = rows[["low", "high"]].to_numpy(dtype=float)
+    shown = [
+        f"{m:.3g} [{a:.3g}, {b:.3g}]" if np.isfinite(a) else f"{m:.3g}" for m, (a, b) in zip(middle, ends, strict=True)
+    ]
+    return go.Scatter(
+        x=list(x) if isinstance(x, list) else x.tolist(),
+        y=nones(middle),
+        mode="lines+markers",
+        name=name,
+        text=shown,
+        line={"color": colour, "width": 2.4, "dash": dash},
+        marker={"size": 7, "symbol": marker, "color": colour},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": nones(ends[:, 1] - middle),
+            "arrayminus": nones(middle - ends[:, 0]),
+            "thickness": 1.5,
+            "width": 4,
+            "color": colour,
+        },
+        hovertemplate=f"{where}<br>%{{text}}<extra>{name}</extra>",
+    )
+
+
+def layer_ticks(layers) -> dict:
+    layers = np.asarray(layers)
+    step = next(s for s in (1, 2, 4, 5, 10, 20, 50) if (layers.max() - layers.min()) / s <= 12 or s == 50)
+    return {"tickmode": "linear", "tick0": 0, "dtick": step}
+
+
+def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int) -> go.Figure:
+    lines = textwrap.wrap(text, LINE_LENGTH)
+    heading = "<br>".join(safe(line) for line in textwrap.wrap(title, LINE_LENGTH - 12))
+    note = "<br>".join(safe(line) for line in lines)
+    has_legend = sum(trace.showlegend is not False and trace.type == "scatter" for trace in figure.data) > 1
+    top = 46 + 20 * heading.count("<br>") + 16 * len(lines) + (54 if has_legend else 30)
+    figure.update_layout(
+        template="none",
+        autosize=True,
+        height=height + 16 * len(lines),
+        paper_bgcolor="#ffffff",
+        plot_bgcolor="#ffffff",
+        hovermode="closest",
+        dragmode=False,  # on a phone a finger on the figure scrolls the page
+        font={"family": FONT, "size": 12, "color": INK},
+        margin={"l": 58, "r": 14, "t": top, "b": bottom},
+        showlegend=has_legend,
+        title={
+            "text": f"<b>{heading}</b><br><span style='font-size:12px;color:{MUTED}'>{note}</span>",
+            "font": {"size": 15},
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"l": 8, "t": 22},
+        },
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1,
+            "yref": "paper",
+            "yanchor": "bottom",
+            "font": {"size": 12},
+        },
+    )
+    if has_legend:  # above the first panel's own title
+        figure.update_layout(legend_y=1 + 24 / (figure.layout.height - top - bottom))
+    figure.update_xaxes(
+        gridcolor=GRID, zeroline=False, linecolor=MUTED, ticks="outside", ticklen=4, tickcolor=MUTED, title_font_size=12
+    )
+    figure.update_yaxes(
+        gridcolor=GRID,
+        zeroline=False,
+        linecolor=MUTED,
+        ticks="outside",
+        ticklen=4,
+        tickcolor=MUTED,
+        title_font_size=12,
+        title_standoff=6,
+    )
+    for annotation in figure.layout.annotations:
+        if annotation.yref == "paper":  # panel titles: small, at the left
+            annotation.update(font={"size": 12, "color": INK}, x=0, xanchor="left", yanchor="bottom")
+    return figure
+
+
+def safe(text: str) -> str:
+    """Text for plotly, which reads some HTML in labels."""
+    return html.escape(visible(text, spaces=False), quote=False)
+
+
+def axis(outcome: str) -> str:
+    return AXIS_LABELS.get(outcome) or safe(outcome)  # a user's own outcome has its name alone
+
+
+def named(outcome: str) -> str:
+    return NAMES.get(outcome) or safe(outcome)
+
+
+def panel(outcome: str) -> str:
+    return "primary sink" if outcome.startswith("primary") else "treated positions"
+
+
+def first_line(value) -> str:
+    return (str(value).splitlines() or [""])[0][:160]
+
+
+def whose(effect) -> str:
+    kinds = effect.table["kind"].unique()
+    kind = f"{kinds[0]} " if len(kinds) == 1 else ""
+    n, prompts = len(effect.table), effect.table["prompt"].nunique()
+    model = str(effect.manifest.model).rstrip("/").rsplit("/", 1)[-1]
+    return f"{model}: {n} {kind}sink{'s' * (n != 1)}, {prompts} prompt{'s' * (prompts != 1)}"
+
+
+def layers_of(effect) -> str:
+    layers = str(effect.manifest.settings.get("layers", "")).strip("[]()")
+    if layers == "forming":
+        return "each sink's forming MLP"
+    return f"MLP{'s' * (',' in layers)} {layers}" if layers else "MLPs"
+
+
+def bars(rows: pd.DataFrame) -> str:
+    n = int(rows["n_prompts"].max()) if len(rows) else 0
+    return f"Bars: 95% interval over {n} prompts." if n > 1 else "Too few prompts for an interval."
+
+
+def sink_name(row) -> str:
+    return safe(f"{row['prompt']}, position {row['pos']}, {visible(str(row['token']))}")
+
+
+def visible(text: str, *, spaces: bool = True) -> str:
+    """A token's text with what cannot be seen made visible: spaces as `·`, newlines as `↵`, controls by number.
+
+    `spaces`: off for running text, whose spaces, tabs and newlines stay. Direction marks, zero-width and other format
+    characters would reorder or hide text; they are shown as ⟨U+202E⟩.
+    """
+    out = []
+    for char in text:
+        if char == " " or (char == "\u2581" and spaces):  # sentencepiece's own mark for a space
+            out.append("·" if spaces else " ")
+        elif char in "\n\t\r" and spaces:
+            out.append({"\n": "↵", "\t": "⇥", "\r": "␍"}[char])
+        elif char in "\n\t":
+            out.append(char)
+        elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or (
+            char.isspace() and char != " "
+        ):
+            out.append(f"⟨U+{ord(char):04X}⟩")
+        else:
+            out.append(char)
+    return "".join(out) or "∅"
