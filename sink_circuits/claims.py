@@ -2,7 +2,8 @@
 
 The rule, before any run. Prompts are split by name: on the discovery prompts a layer map names the forming layer (the one
 whose removal lowers log-odds most, on average over prompts) and the forming set; everything else is measured on the
-confirmation prompts alone. Every hypothesis below is one number per sink, averaged per prompt, tested one-sided by sign flips over
+confirmation prompts alone. Where a layer is declared instead, no prompt is needed to find it, and all are for
+confirmation. Every hypothesis below is one number per sink, averaged per prompt, tested one-sided by sign flips over
 prompts. Holm's correction runs over all hypotheses of the run, once for the predicted side and once against it.
 
 - A hypothesis holds when its adjusted p is at most `ALPHA`. It fails when the opposite side's adjusted p is, or when the
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -26,10 +27,10 @@ import torch
 import xarray as xr
 
 from sink_circuits import statistics
-from sink_circuits.controls import Controlled, Intervention, match_positions, with_controls, zero_sink
+from sink_circuits.controls import Controlled, Intervention, match_positions, with_controls
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import FACTORS, Effect, dose_response, layer_map, measure
+from sink_circuits.experiments import FACTORS, Effect, _check_layers, dose_response, layer_map, measure
 from sink_circuits.interventions import (
     Edit,
     keep_direction,
@@ -82,7 +83,9 @@ class Hypothesis:
 
 HYPOTHESES = (
     Hypothesis(1, "necessary", "log-odds effect of zeroing the forming MLP, less that at an ordinary token nearby", "less"),
-    Hypothesis(1, "specific layer", "effect of zeroing the forming MLP, less that of zeroing another layer's", "less"),
+    Hypothesis(
+        1, "specific layer", "effect of zeroing the forming MLP, less that of zeroing a layer outside the forming set", "less"
+    ),
     Hypothesis(
         1, "sufficient", "log-odds effect of writing the forming set's contributions at a token that is no sink, less that of writing "
         "random directions of the same norms", "greater",
@@ -123,7 +126,8 @@ class Claims:
     `verdicts`: one row per claim (claim, statement, verdict, reason). `table`: one row per hypothesis: claim,
     hypothesis, statement, decides, predicted ("greater"/"less"), estimate, low, high, p, p_holm, p_against (Holm),
     p_none (equivalence, Holm), holds, n_prompts, n_sinks.
-    `forming_layer`, `forming_set`: from the discovery prompts. `data`: every hypothesis' number per sink [hypothesis, sink].
+    `controls`: the effect of zeroing the forming MLP beside every matched control (`Controlled.compare`). `forming_layer`,
+    `forming_set`: declared, or from the discovery prompts. `data`: every hypothesis' number per sink [hypothesis, sink].
     """
 
     verdicts: pd.DataFrame
@@ -132,6 +136,7 @@ class Claims:
     forming_set: tuple[int, ...]
     data: xr.Dataset
     sinks: pd.DataFrame
+    controls: pd.DataFrame
     manifest: Manifest
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -142,7 +147,7 @@ class Claims:
         meta = {
             "kind": "claims", "verdicts": self.verdicts.to_dict(orient="list"), "table": self.table.to_dict(orient="list"),
             "forming_layer": self.forming_layer, "forming_set": list(self.forming_set), "sinks": self.sinks.to_dict(orient="list"),
-            "manifest": self.manifest.to_dict(),
+            "controls": self.controls.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
         }  # fmt: skip
         write_dataset(Path(path), self.data, meta, overwrite=overwrite)
 
@@ -152,65 +157,99 @@ class Claims:
         data, meta = read_dataset(path)
         if meta.get("kind") != "claims":
             raise ResultError(f"{path} holds no claims: check the path.")
-        frames = {name: pd.DataFrame(meta[name]) for name in ("verdicts", "table", "sinks")}
+        frames = {name: pd.DataFrame(meta[name]) for name in ("verdicts", "table", "sinks", "controls")}
         return Claims(
             frames["verdicts"], frames["table"], meta["forming_layer"], tuple(meta["forming_set"]), data, frames["sinks"],
-            Manifest.from_dict(meta["manifest"]),
+            frames["controls"], Manifest.from_dict(meta["manifest"]),
         )  # fmt: skip
 
     def __repr__(self) -> str:
         shown = self.table[
             ["claim", "hypothesis", "decides", "estimate", "low", "high", "p_holm", "holds", "n_prompts", "n_sinks"]
         ]
+        how = self.manifest.settings["layer_from"]
+        compared = ["control", "effect", "control_effect", "difference", "low", "high", "p", "n_prompts", "rank"]
+        controls = self.controls[compared].to_string(index=False, float_format=lambda x: f"{x:.3g}")
         return (
-            f"Forming layer {self.forming_layer}, forming set {list(self.forming_set)}\n"
-            f"{shown.to_string(index=False, float_format=lambda x: f'{x:.3g}')}\n\n{self.verdicts.to_string(index=False)}"
+            f"Forming layer {self.forming_layer}, forming set {list(self.forming_set)} ({how})\n"
+            f"{shown.to_string(index=False, float_format=lambda x: f'{x:.3g}')}\n\n"
+            f"Zeroing MLP {self.forming_layer} beside its controls, log-odds\n{controls}\n\n{self.verdicts.to_string(index=False)}"
         )
 
 
 def test_claims(
-    model, tokens, sinks: Sinks | None = None, *, kinds: Sequence[str] = ("secondary", "primary-like"), n_random: int = N_RANDOM,
-    per_prompt: int = PER_PROMPT, path: str = "auto", verbose: bool = True,
+    model, tokens, sinks: Sinks | None = None, *, kinds: Sequence[str] = ("secondary", "primary-like"), layer: int | None = None,
+    layers: Sequence[int] | None = None, n_random: int = N_RANDOM, per_prompt: int = PER_PROMPT, path: str = "auto",
+    verbose: bool = True,
 ) -> Claims:  # fmt: skip
     """Put the five claims to the test on these prompts, by the rule at the head of this module.
 
     `sinks`: all sinks of these prompts (found here when None; those of a trained model, to treat a randomly initialised
-    one at the same positions). `kinds`: which of them to treat. `n_random`: random perturbations per sink and
-    intervention. Raises InputError when there are no sinks of these kinds on both sides of the split.
+    one at the same positions; claim 5, which is about where sinks stand, is then not judged). `kinds`: which of them to
+    treat. `layer`: the forming layer, and `layers` the forming set (of it alone when None), declared before these prompts were
+    looked at; nothing is discovered then. `n_random`: random perturbations per sink. Raises InputError when there are no
+    sinks of these kinds, on both sides of the split where there is one.
     """
     check_counts(per_prompt, n_random)
+    declared = declared_layers(layer, layers)
+    _check_layers(declared, adapt(model).n_layers)
     tokens = as_tokens(model, tokens)
     found = find_sinks(model, tokens, path=path, verbose=verbose) if sinks is None else sinks
-    split = statistics.discovery_confirmation_split(tokens.names, "claims", share=DISCOVERY_SHARE)
+    names = tuple(tokens.names)
+    split = (
+        statistics.Split((), names) if declared
+        else statistics.discovery_confirmation_split(names, "claims", share=DISCOVERY_SHARE)
+    )  # fmt: skip
     chosen = strongest(found, kinds, per_prompt)
     options: dict[str, Any] = {"path": path, "verbose": verbose}
     discovery, confirmation = (_of_prompts(chosen, side) for side in (split.discovery, split.confirmation))
-    if not len(discovery) or not len(confirmation):
+    if not len(confirmation) or not (len(discovery) or declared):
+        needed = "one is needed" if declared else "both sides of the split need one"
         raise InputError(
-            f"{chosen.table['prompt'].nunique()} of {len(tokens)} prompts hold sinks of kind {' or '.join(kinds)}, and both sides of the "
-            "split need one: give more prompts, or other kinds."
+            f"{chosen.table['prompt'].nunique()} of {len(tokens)} prompts hold sinks of kind {' or '.join(kinds)}, and {needed}: "
+            "give more prompts, or other kinds."
         )
-    last = int(discovery.table["l_end"].max())
-    forming_layer, forming_set = forming_layers(layer_map(model, tokens, discovery, layers=range(last + 1), **options))
+    if declared:
+        forming_layer, forming_set = cast(int, layer), tuple(sorted(declared))
+    else:
+        last = int(discovery.table["l_end"].max())
+        forming_layer, forming_set = forming_layers(
+            layer_map(model, tokens, discovery, layers=range(last + 1), **options)
+        )
     own = confirmation.table.reset_index(drop=True)
     treated = Sinks(own.assign(origin=np.arange(len(own))), confirmation.prompts, confirmation.manifest)
-    values = _measure_all(model, tokens, treated, found, forming_layer, forming_set, n_random, options)
-    levels = _of_prompts(found.select(*kinds), split.confirmation).table
+    values, controls = _measure_all(model, tokens, treated, found, forming_layer, forming_set, n_random, options)
+    at_home = found.manifest.weights == adapt(model).weights_hash
+    levels = _of_prompts(found.select(*kinds), split.confirmation if at_home else ()).table
     table = judge(values, treated.table["prompt"], levels_test(levels))
-    names = [h.name for h in HYPOTHESES if h.name in values]
+    measured = [h.name for h in HYPOTHESES if h.name in values]
     data = xr.Dataset(
-        {"value": (("hypothesis", "sink"), np.stack([values[name] for name in names]))},
-        {"hypothesis": names, "sink": np.arange(len(own))},
+        {"value": (("hypothesis", "sink"), np.stack([values[name] for name in measured]))},
+        {"hypothesis": measured, "sink": np.arange(len(own))},
     )
     manifest = Manifest.of(
         adapt(model), tokens, what="claims", path=path, kinds=list(kinds), n_random=n_random, per_prompt=per_prompt, alpha=ALPHA,
-        margin=MARGIN,
+        margin=MARGIN, layer_from="declared" if declared else "discovered", forming_layer=forming_layer, forming_set=list(forming_set),
         discovery=list(split.discovery), confirmation=list(split.confirmation), found=dict(found.manifest.settings),
     )  # fmt: skip
-    return Claims(verdicts_of(table), table, forming_layer, forming_set, data, own, manifest)
+    return Claims(verdicts_of(table), table, forming_layer, forming_set, data, own, controls, manifest)
 
 
 test_claims.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest think that it is one
+
+
+def declared_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The declared forming set, () where none is declared. Raises InputError for a set without its layer."""
+    if layer is None and layers is not None:
+        raise InputError(f"layers {list(layers)} declare a forming set without its forming layer: give layer= too.")
+    if layer is None:
+        return ()
+    declared = (layer,) if layers is None else tuple(layers)
+    if layer not in declared or len(set(declared)) < len(declared):
+        raise InputError(
+            f"layers {list(declared)}: a forming set names each layer once, and the forming layer {layer} too."
+        )
+    return declared
 
 
 def check_counts(per_prompt: int, n_random: int) -> None:
@@ -276,8 +315,8 @@ def _donors(
 
 def _measure_all(
     model, tokens: Tokens, treated: Sinks, found: Sinks, layer: int, layers: Sequence[int], n_random: int, options: dict
-) -> dict[str, np.ndarray]:
-    """Every hypothesis' number, one per treated sink; NaN where it could not be measured."""
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Every hypothesis' number, one per treated sink (NaN where it could not be measured), and zeroing beside its controls."""
     table = treated.table
     matches = match_positions(model, tokens, treated, found, path=options["path"])
     donors = _donors(model, tokens, table, matches, layer, layers, options["path"])
@@ -285,33 +324,41 @@ def _measure_all(
     def donor(row: pd.Series) -> _Donors:
         return donors[int(row["origin"])]
 
-    interventions: dict[str, Intervention] = {
-        "zero": zero_sink,
+    edits: dict[str, Intervention] = {
         "remove_direction": lambda one, row: remove_direction(one, int(row["pos"]), donor(row).direction),
         "keep_direction": lambda one, row: keep_direction(one, int(row["pos"]), donor(row).direction),
-        "ordinary_norm": lambda one, row: set_norm(one, int(row["pos"]), donor(row).ordinary.float().norm().item()),
         "ordinary_direction": lambda one, row: swap_direction(one, int(row["pos"]), donor(row).ordinary[None]),
     }
-    controlled = with_controls(
-        model, tokens, treated, layer=layer, interventions=interventions, found=found, n_random=n_random, **options
+    ordinary_norm: dict[str, Intervention] = {
+        "ordinary_norm": lambda one, row: set_norm(one, int(row["pos"]), donor(row).ordinary.float().norm().item())
+    }
+    shared = {**options, "layer": layer, "found": found, "also_forming": layers}
+    zeroed = with_controls(model, tokens, treated, n_random=n_random, **shared)
+    normed = with_controls(
+        model, tokens, treated, intervention=ordinary_norm, controls=("same range",), n_random=0, **shared
     )
+    turned = measure(
+        model, tokens, treated, list(edits), lambda label, row: (edits[label](layer, row),), what="directions", **options
+    ).over_lifetime("log_odds")  # fmt: skip
     dosed = dose_response(model, tokens, treated, layer=layer, **options)
-    against = {name: _less(controlled, name) for name in interventions}
-    return {
-        "necessary": against["zero"]["same range"],
-        "specific layer": against["zero"]["wrong layer"],
-        "more than at the same token": against["zero"]["same token"],
-        "more than a disturbance": against["zero"]["random"],
+    less = _less(zeroed, "zero")
+    values = {
+        "necessary": less["same range"],
+        "specific layer": less["wrong layer"],
+        "more than at the same token": less["same token"],
+        "more than a disturbance": less["random"],
         "sufficient": _sufficiency(model, tokens, treated, matches, donors, layers, n_random, options),
         "aligned": np.array([one.cosine - COSINE for one in donors]),
-        "alignment matters": _effects(controlled, "remove_direction") - _effects(controlled, "keep_direction"),
+        "alignment matters": (turned.sel(edit="remove_direction") - turned.sel(edit="keep_direction")).to_numpy(),
         "dose": _within(dosed, "log_odds"),
-        "norm alone": against["ordinary_norm"]["same range"],
-        "norm more than direction": _effects(controlled, "ordinary_norm") - _effects(controlled, "ordinary_direction"),
+        "norm alone": _less(normed, "ordinary_norm")["same range"],
+        "norm more than direction": _effects(normed, "ordinary_norm")
+        - turned.sel(edit="ordinary_direction").to_numpy(),
         "lifetime": _within(dosed, "lifetime"),
         "recovers": _recovery(model, tokens, treated, matches, layer, options),
         "weakens": _within(dosed, "primary_log_odds"),
     }
+    return values, zeroed.compare()
 
 
 def _effects(controlled: Controlled, edit: str) -> np.ndarray:
@@ -323,9 +370,10 @@ def _less(controlled: Controlled, edit: str) -> dict[str, np.ndarray]:
     own = _effects(controlled, edit)
     controls = controlled.data["control_log_odds"].sel(edit=edit)
     less = {str(name): own - controls.sel(control=name).to_numpy() for name in controls["control"].values}
-    return less | {
-        "random": own - controlled.data["random_log_odds"].sel(edit=edit).mean("draw", skipna=True).to_numpy()
-    }
+    if controlled.data.sizes["draw"]:
+        draws = controlled.data["random_log_odds"].sel(edit=edit)
+        less["random"] = own - draws.mean("draw", skipna=True).to_numpy()
+    return less
 
 
 def _sufficiency(

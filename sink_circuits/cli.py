@@ -33,6 +33,8 @@ class Texts:
     """Bundled prompts of a kind (maths, prose, code, lists, dialogue, all), a .jsonl file with a `text` each, or a .txt file."""
     n_prompts: int | None = 4
     """Only the first so many prompts."""
+    skip: int = 0
+    """Leave out so many prompts before those, for texts that were not looked at before."""
     max_tokens: int | None = None
     """Cut every prompt after so many tokens."""
     chat: bool = False
@@ -291,7 +293,7 @@ class Ablate:
             from sink_circuits import controls, experiments
 
             effect = experiments.ablate(
-                model, tokens, sinks, method=self.method, together=self.together, loss=self.loss, **_layers(self.layers), **options
+                model, tokens, sinks, intervention=self.method, together=self.together, loss=self.loss, **_layers(self.layers), **options
             )  # fmt: skip
             if not self.n_random or self.together:
                 print(
@@ -303,8 +305,7 @@ class Ablate:
                 {} if self.layers else {"forming": effect.data["first_layer"].to_series().droplevel("edit")}
             )
             controlled = controls.with_controls(
-                model, tokens, sinks, interventions=controls.removals(model, tokens, sinks, self.method, path=options["path"]),
-                found=found, n_random=self.n_random, **layers, **options,
+                model, tokens, sinks, intervention=self.method, found=found, n_random=self.n_random, **layers, **options
             )  # fmt: skip
             print("\nAgainst controls, in log-odds over the lifetime (difference: effect less the control's):")
             shown = [
@@ -382,6 +383,10 @@ class Claims:
     """Sinks treated per prompt, those of the largest norm ratio; the prompt is the unit."""
     n_random: int = 8
     """Random directions and perturbations per sink."""
+    layer: int | None = None
+    """The forming layer put to the test, declared before these texts were looked at; found on a third of them when not given."""
+    layers: tuple[int, ...] = ()
+    """The declared forming set (claim 1, sufficient); the declared layer alone when not given."""
     out: Path | None = None
     """Write everything measured here (.safetensors)."""
     overwrite: bool = False
@@ -397,14 +402,17 @@ class Claims:
         _free(self.out, self.overwrite)
         _check_suffix(self.out, (".safetensors",))
         claims.check_counts(self.per_prompt, self.n_random)
+        declared = claims.declared_layers(self.layer, self.layers or None)
         given, selection = self.criteria.given(), Selection(self.kinds, None)
-        model, tokens = _load(self.model, self.texts, given, selection=selection, verbose=not self.quiet)
+        model, tokens = _load(
+            self.model, self.texts, given, selection=selection, layers=declared, verbose=not self.quiet
+        )
         from sink_circuits.detection import find_sinks
 
         found = find_sinks(model, tokens, path=self.path, verbose=not self.quiet, **given)
         result = claims.test_claims(
-            model, tokens, found, kinds=self.kinds, n_random=self.n_random, per_prompt=self.per_prompt, path=self.path,
-            verbose=not self.quiet,
+            model, tokens, found, kinds=self.kinds, layer=self.layer, layers=self.layers or None, n_random=self.n_random,
+            per_prompt=self.per_prompt, path=self.path, verbose=not self.quiet,
         )  # fmt: skip
         print(result)
         if self.out is not None:
@@ -530,7 +538,10 @@ def _load(
 
     if texts.max_tokens is not None and texts.max_tokens < 1:
         raise InputError(f"max_tokens = {texts.max_tokens}: at least 1.")
-    prompts = load_prompts(texts.prompts, texts.n_prompts)
+    prompts = load_prompts(texts.prompts, None if texts.n_prompts is None else texts.n_prompts + texts.skip)
+    if not 0 <= texts.skip < len(prompts):
+        raise InputError(f"skip = {texts.skip} of {len(prompts)} prompts: at least 0, and one must be left.")
+    prompts = prompts[texts.skip :]
     _check_layers(layers)
     from sink_circuits import detection, models
 
@@ -619,7 +630,8 @@ def _write_official(model, tokens, first_positions, output: Table) -> None:
     found = []
     for index, ids in enumerate(tokens):
         states = detection.official_hidden_states(model, run_clean(model, ids, resumable=False))
-        found.append(records.record_of(detection.official(states, first_positions), ids, index))
+        result = detection.official(states, first_positions)
+        found.append(records.record_of(result, ids, index, n_layers=len(states)))
     records.write_records(output.out, found, overwrite=output.overwrite)
 
 

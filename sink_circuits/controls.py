@@ -21,8 +21,8 @@ import xarray as xr
 from sink_circuits import statistics
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import Effect, mean_contributions, measure, resolve_layers
-from sink_circuits.interventions import Edit, custom, random_perturbation, replace, zero
+from sink_circuits.experiments import Effect, _name, mean_contributions, measure, resolve_layers
+from sink_circuits.interventions import Contribution, Edit, custom, random_perturbation, replace, zero
 from sink_circuits.models import adapt, backend_of, load_model
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
@@ -84,6 +84,7 @@ class Controlled:
                 str(c): self.data[f"control_{outcome}"].sel(edit=edit, control=c).to_numpy()
                 for c in self.data["control"].values
             }
+            by_name = {name: values for name, values in by_name.items() if name in self.matches["control"].values}
             if self.matches.loc[self.matches["control"] == "random model", "reason"].astype(bool).all():
                 by_name.pop("random model")  # none was given
             for name, controls in {**by_name, "random perturbation": random}.items():
@@ -194,25 +195,32 @@ def _matched(row, ids, free, ratio) -> dict[str, tuple[int, str]]:
 
 def with_controls(
     model, tokens, sinks: Sinks, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
-    interventions: Mapping[str, Intervention] | None = None, found: Sinks | None = None, n_random: int = N_RANDOM, random_model=None,
+    intervention: str | Callable[[Contribution], Contribution] | Mapping[str, Intervention] = "zero", found: Sinks | None = None,
+    controls: Sequence[str] = CONTROLS, n_random: int = N_RANDOM, also_forming: Sequence[int] = (), random_model=None,
     verbose: bool = True, **options,
 ) -> Controlled:  # fmt: skip
     """An experiment at the sinks and beside it the same one at every control (METHOD, "Controls").
 
-    `interventions`: label -> (layer, row of the sink table) -> Edit; zeroing when None. `layer`, `layers`, `forming` as in `ablate`.
+    `intervention`: "zero", "mean" or a function of the contribution, as in `ablate`, or several, {label: function of (layer, row
+    of the sink table) that gives an Edit}. `layer`, `layers`, `forming` as in `ablate`.
     Position controls (`match_positions`): the same edit at a token that is no sink. "wrong layer": at the sink, as many
-    other layers, drawn by name from those up to l_end. "attention output": what attention wrote at the sink is taken
+    other layers, drawn by name from those up to l_end that form no sink: neither those in `forming` of any sink of the prompt
+    nor `also_forming` (a forming set). "attention output": what attention wrote at the sink is taken
     from the residual stream in the MLP's place. "random model": the same edit in `random_model` (`randomly_initialised`),
-    where given. Random perturbations: `n_random` changes of the same norm in directions drawn by name. `found`: all
-    sinks of these prompts, none of which may be a control (looked for when None). Other options as in `measure`. Raises InputError.
+    where given. Random perturbations: `n_random` changes of the same norm in directions drawn by name. `controls`: which of
+    `CONTROLS` are run; the others stay NaN. `found`: all sinks of these prompts, none of which may be a control (looked for when
+    None). Other options as in `measure`. Raises InputError.
     """
+    if unknown := [name for name in controls if name not in CONTROLS]:
+        raise InputError(f"control {unknown[0]!r} is unknown: there are {', '.join(CONTROLS)}.")
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
         raise InputError(f"n_random = {n_random!r}: a whole number, at least 0; 20 allow p <= 0.05.")
     if options.get("together") or options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError(
             "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
         )
-    interventions = {"zero": zero_sink} if interventions is None else dict(interventions)
+    if not isinstance(intervention, Mapping):
+        _name(intervention, "intervention", ("zero", "mean"))
     tokens = as_tokens(model, tokens)
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
@@ -220,6 +228,7 @@ def with_controls(
     own_layers = [layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
+    interventions = _by_label(model, tokens, treated, intervention, path)
     labels = list(interventions)
     shared = {**options, "verbose": verbose}
 
@@ -245,7 +254,7 @@ def with_controls(
                 measured.over_lifetime(outcome).to_numpy()
             )
 
-    for control in POSITION_CONTROLS:
+    for control in (name for name in POSITION_CONTROLS if name in controls):
         stand_ins = matches[0][(matches[0]["control"] == control) & (matches[0]["pos"] >= 0)]
         if len(stand_ins):
             of = stand_ins["sink"].tolist()
@@ -256,39 +265,41 @@ def with_controls(
                 measure(model, tokens, at, labels, edits_at(own_layers, of), what=control, **shared),
                 of,
             )
-    wrong = [_wrong_layers(row, own) for (_, row), own in zip(table.iterrows(), own_layers, strict=True)]
-    matches.append(_layer_matches("wrong layer", wrong, "no other layers up to l_end"))
-    if of := [index for index, one in enumerate(wrong) if one]:
-        at = Sinks(table.iloc[of].reset_index(drop=True), sinks.prompts, sinks.manifest)
-        note(
-            "control",
-            "wrong layer",
-            measure(model, tokens, at, labels, edits_at(wrong, of), what="wrong layer", **shared),
-            of,
-        )
-    written = _attention_writes(model, tokens, table, own_layers, path)
+    if "wrong layer" in controls:
+        known = _forming_by_prompt(table, layer, forming)
+        barred = [{*own, *also_forming, *known.get(p, ())} for own, p in zip(own_layers, table["prompt"], strict=True)]
+        wrong, reasons = _wrong_layers(table, own_layers, barred)
+        matches.append(_layer_matches("wrong layer", wrong, reasons))
+        if of := [index for index, one in enumerate(wrong) if one]:
+            at = Sinks(table.iloc[of].reset_index(drop=True), sinks.prompts, sinks.manifest)
+            elsewhere = measure(model, tokens, at, labels, edits_at(wrong, of), what="wrong layer", **shared)
+            note("control", "wrong layer", elsewhere, of)
+    if "attention output" in controls:
+        written = _attention_writes(model, tokens, table, own_layers, path)
 
-    def without_attention(label, row: pd.Series) -> tuple[Edit, ...]:
-        index, position = cast(int, row.name), int(row["pos"])
-        return tuple(
-            custom(layer, position, partial(_take_away, written[index][layer]), "without attention")
-            for layer in own_layers[index]
-        )
+        def without_attention(label, row: pd.Series) -> tuple[Edit, ...]:
+            index, position = cast(int, row.name), int(row["pos"])
+            return tuple(
+                custom(layer, position, partial(_take_away, written[index][layer]), "without attention")
+                for layer in own_layers[index]
+            )
 
-    instead = measure(model, tokens, treated, ["attention"], without_attention, what="attention output", **shared)
-    matches.append(_layer_matches("attention output", own_layers, ""))
-    for label in labels:  # whatever the intervention, in attention's place it is a removal
-        for outcome, arrays in values.items():
-            removal = instead.over_lifetime(outcome).sel(edit="attention").to_numpy()
-            arrays["control"].loc[{"control": "attention output", "edit": label}] = removal
+        instead = measure(model, tokens, treated, ["attention"], without_attention, what="attention output", **shared)
+        matches.append(_layer_matches("attention output", own_layers, [""] * len(table)))
+        for label in labels:  # whatever the intervention, in attention's place it is a removal
+            for outcome, arrays in values.items():
+                removal = instead.over_lifetime(outcome).sel(edit="attention").to_numpy()
+                arrays["control"].loc[{"control": "attention output", "edit": label}] = removal
     if random_model is not None:
         at_random = {**shared, "path": "auto"}
         untrained = measure(
             random_model, tokens, treated, labels, edits_at(own_layers), what="random model", **at_random
         )
         note("control", "random model", untrained, range(len(table)))
-    random_layers = own_layers if random_model is not None else [()] * len(table)
-    matches.append(_layer_matches("random model", random_layers, "no random model was given"))
+    given = random_model is not None
+    random_layers = own_layers if given else [()] * len(table)
+    reason = "" if given else "no random model was given"
+    matches.append(_layer_matches("random model", random_layers, [reason] * len(table)))
     if n_random:
         _random_draws(model, tokens, treated, edits_at(own_layers), labels, n_random, note, shared)
     data: dict[str, Any] = {f"effect_{o}": (("sink", "edit"), effect.over_lifetime(o).to_numpy()) for o in values}
@@ -297,17 +308,22 @@ def with_controls(
     coords = {"sink": np.arange(len(table)), "edit": labels, "control": list(CONTROLS), "draw": np.arange(n_random)}
     manifest = Manifest.of(
         adapt(model), tokens, what="controls", path=effect.manifest.path, found=dict(sinks.manifest.settings),
-        reach=REACH, norm_ratio=NORM_RATIO, **settings,
+        reach=REACH, norm_ratio=NORM_RATIO, controls=list(controls), also_forming=sorted(also_forming), **settings,
     )  # fmt: skip
-    return Controlled(xr.Dataset(data, coords=coords), table, pd.concat(matches, ignore_index=True), manifest, effect)
+    matched = pd.concat(matches, ignore_index=True)
+    matched = matched[matched["control"].isin([*controls, "random model"])].reset_index(drop=True)
+    return Controlled(xr.Dataset(data, coords=coords), table, matched, manifest, effect)
 
 
-def removals(model, tokens, sinks: Sinks, method: str, *, path: str = "auto") -> dict[str, Intervention]:
-    """`ablate`'s methods as interventions: {"zero": ...} or {"mean": ...}, the mean over ordinary tokens of these prompts."""
-    if method == "zero":
+def _by_label(model, tokens: Tokens, sinks: Sinks, intervention, path: str) -> dict[str, Intervention]:
+    """What `with_controls` is given as `intervention`, as label -> (layer, row of the sink table) -> Edit."""
+    if isinstance(intervention, Mapping):
+        return dict(intervention)
+    if not isinstance(intervention, str):
+        name = _name(intervention, "intervention", ())
+        return {name: lambda layer, sink: custom(layer, int(sink["pos"]), intervention, name)}
+    if intervention == "zero":
         return {"zero": zero_sink}
-    if method != "mean":
-        raise InputError(f"method {method!r} is unknown: use 'zero' or 'mean'.")
     donors = mean_contributions(model, tokens, sinks, path=path)
     return {"mean": lambda layer, sink: replace(layer, int(sink["pos"]), donors[layer], "mean")}
 
@@ -361,18 +377,32 @@ def _take_away(written: torch.Tensor, contribution: torch.Tensor) -> torch.Tenso
     return contribution - written.to(contribution)
 
 
-def _wrong_layers(row: pd.Series, own: Sequence[int]) -> tuple[int, ...]:
-    others = [layer for layer in range(int(row["l_end"]) + 1) if layer not in own]
-    if len(others) < len(own):
-        return ()
-    rng = np.random.default_rng(statistics.seed_of("wrong layer", row["prompt"], row["pos"], *own))
-    return tuple(sorted(int(x) for x in rng.choice(others, size=len(own), replace=False)))
+def _forming_by_prompt(table: pd.DataFrame, layer, forming: pd.Series | None) -> dict[Any, set[int]]:
+    """The forming layers of all sinks of each prompt, where each sink has its own."""
+    if layer != "forming" or forming is None:
+        return {}
+    own = pd.Series(forming.to_numpy(), index=table["prompt"].to_numpy())
+    return {prompt: set(layers) for prompt, layers in own.groupby(level=0)}
 
 
-def _layer_matches(control: str, layers: Sequence[Sequence[int]], reason: str) -> pd.DataFrame:
+def _wrong_layers(
+    table: pd.DataFrame, own_layers: Sequence[Sequence[int]], barred: Sequence[set[int]]
+) -> tuple[list[tuple[int, ...]], list[str]]:
+    """For every sink as many layers as are edited, none of them barred, and why there are none where too few are left."""
+    chosen, reasons = [], []
+    for (_, row), own, out in zip(table.iterrows(), own_layers, barred, strict=True):
+        others = [layer for layer in range(int(row["l_end"]) + 1) if layer not in out]
+        few = len(others) < len(own)
+        rng = np.random.default_rng(statistics.seed_of("wrong layer", row["prompt"], row["pos"], *own))
+        chosen.append(() if few else tuple(sorted(int(x) for x in rng.choice(others, size=len(own), replace=False))))
+        reasons.append(f"{len(others)} layers up to l_end form no sink, {len(own)} are needed" if few else "")
+    return chosen, reasons
+
+
+def _layer_matches(control: str, layers: Sequence[Sequence[int]], reasons: Sequence[str]) -> pd.DataFrame:
     rows = [
-        {"sink": i, "control": control, "pos": -1, "norm_ratio": np.nan, "reason": "" if own else reason, "layers": str(list(own))}
-        for i, own in enumerate(layers)
+        {"sink": i, "control": control, "pos": -1, "norm_ratio": np.nan, "reason": reason, "layers": str(list(own))}
+        for i, (own, reason) in enumerate(zip(layers, reasons, strict=True))
     ]  # fmt: skip
     return pd.DataFrame(rows)
 

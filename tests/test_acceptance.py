@@ -90,7 +90,7 @@ def test_padded_batches_go_through_every_experiment(side, cached):
     for run in (
         lambda tokens, o: sc.layer_map(lens(), tokens, sinks, layers=[6, 7], **o),
         lambda tokens, o: sc.ablate(lens(), tokens, sinks, layers=[6, 7], **o),
-        lambda tokens, o: sc.ablate(lens(), tokens, sinks, layer=6, method="mean", **o),
+        lambda tokens, o: sc.ablate(lens(), tokens, sinks, layer=6, intervention="mean", **o),
         lambda tokens, o: sc.dose_response(lens(), tokens, sinks, layer="forming", factors=[0, 2], **o),
         lambda tokens, o: sc.ablate(lens(), tokens, layer=6, **o),
     ):

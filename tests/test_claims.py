@@ -45,8 +45,44 @@ def test_a_planted_sink_supports_the_claims_that_were_planted():
     assert verdicts["5"] == "not decided"  # one level only: nothing to permute
     assert verdicts["5b"] == "not decided"
     split = result.manifest.settings
-    assert not set(split["discovery"]) & set(split["confirmation"])
+    assert (split["layer_from"], split["forming_layer"], split["forming_set"]) == ("discovered", 6, [6])
+    assert split["discovery"] and not set(split["discovery"]) & set(split["confirmation"])
     assert set(result.sinks["prompt"]) <= set(split["confirmation"])
+
+
+def test_the_controls_stand_beside_the_verdicts():
+    """What the hypotheses subtract is what the table shows, and "necessary" is the difference to the same range."""
+    result = on_the_plant()
+    controls, table = result.controls.set_index("control"), result.table.set_index("hypothesis")
+    for hypothesis, control in (
+        ("necessary", "same range"), ("specific layer", "wrong layer"), ("more than a disturbance", "random perturbation"),
+    ):  # fmt: skip
+        assert table.loc[hypothesis, "estimate"] == pytest.approx(controls.loc[control, "difference"], abs=1e-6)
+    assert {"norm matched", "attention output", "same token"} <= set(controls.index)
+    assert "Zeroing MLP 6 beside its controls" in repr(result)
+
+
+def test_a_declared_layer_is_put_to_the_test_on_all_prompts():
+    declared = claims.test_claims(lens("bridge", "stand_in"), texts()[:9], layer=9, n_random=1, verbose=False)
+    assert (declared.forming_layer, declared.forming_set) == (9, (9,))
+    settings = declared.manifest.settings
+    assert (settings["layer_from"], settings["forming_set"], settings["discovery"]) == ("declared", [9], [])
+    assert settings["confirmation"] == list(texts().names[:9])
+    verdicts = declared.verdicts.set_index("claim")["verdict"]
+    assert verdicts["1"] == "contradicted"  # MLP 9 was not planted
+    assert "declared" in repr(declared)
+
+
+def test_a_declared_set_names_its_layer():
+    model = lens("bridge", "stand_in")
+    for options, said in (
+        ({"layers": (6, 7)}, "without its forming layer: give layer= too"),
+        ({"layer": 6, "layers": (7,)}, "the forming layer 6 too"),
+        ({"layer": 6, "layers": (6, 6)}, "names each layer once"),
+        ({"layer": 24}, "layer 24 is out of range"),
+    ):
+        with pytest.raises(InputError, match=said):
+            claims.test_claims(model, texts(), verbose=False, **options)
 
 
 @pytest.mark.slow
@@ -54,8 +90,8 @@ def test_a_random_model_at_the_same_positions_supports_nothing():
     model = lens("bridge", "stand_in")
     sinks = sc.find_sinks(model, texts(), verbose=False)
     result = claims.test_claims(randomly_initialised(model), texts(), sinks, n_random=2, verbose=False)
-    measured = result.verdicts[result.verdicts["claim"].isin(["1", "2", "3", "4"])]
-    assert "supported" not in measured["verdict"].tolist()  # claim 5 is about the given sinks themselves
+    assert "supported" not in result.verdicts["verdict"].tolist()
+    assert np.isnan(result.table.set_index("hypothesis").loc["levels recur", "p"])  # the sinks are another model's
 
 
 def test_saved_and_loaded(tmp_path):

@@ -34,7 +34,7 @@ def treated() -> sc.Sinks:
 
 @functools.cache
 def controlled(n_random: int = DRAWS) -> Controlled:
-    options = {"interventions": {"zero": controls.zero_sink, "double": lambda layer, sink: rescale(layer, sink.pos, 2)}}
+    options = {"intervention": {"zero": controls.zero_sink, "double": lambda layer, sink: rescale(layer, sink.pos, 2)}}
     return with_controls(
         lens(), sc.Tokens(TEXTS, NAMES), treated(), layers=[6, 7], found=found(), n_random=n_random, verbose=False, **options
     )  # fmt: skip
@@ -88,6 +88,41 @@ def test_wrong_layers_are_as_many_and_never_the_edited_ones():
         expected = over_life(by_hand(text, edits), by_hand(text), int(row.pos), min(chosen), row)
         value = result.data["control_log_odds"].sel(sink=index, edit="zero", control="wrong layer")
         assert float(value) == pytest.approx(expected, abs=2e-3)
+
+
+def test_layers_that_form_the_sinks_are_no_wrong_layers():
+    tokens = sc.Tokens(TEXTS, NAMES)
+    options = {"found": found(), "controls": ("wrong layer",), "n_random": 0, "verbose": False}
+    last = int(treated().table["l_end"].max())
+    spared = with_controls(
+        lens(), tokens, treated(), layer=6, also_forming=[x for x in range(last + 1) if x != 3], **options
+    )
+    assert spared.matches.query("control == 'wrong layer'")["layers"].tolist() == ["[3]"] * len(treated())
+    assert set(spared.compare()["control"]) == {"wrong layer", "random perturbation"}
+    few = with_controls(lens(), tokens, treated(), layer=6, also_forming=range(last + 1), **options)
+    assert few.matches.query("control == 'wrong layer'")["reason"].tolist() == [
+        "0 layers up to l_end form no sink, 1 are needed"
+    ] * len(treated())
+    assert np.isnan(few.data["control_log_odds"]).all()
+    # Each sink has its own forming layer: none of them is a wrong layer for another sink of the same prompt.
+    table = treated().table
+    forming = pd.Series(np.arange(len(table)))
+    own = with_controls(lens(), tokens, treated(), layer="forming", forming=forming, **options)
+    for index, layers in own.matches.query("control == 'wrong layer'").set_index("sink")["layers"].items():
+        assert int(layers.strip("[]")) not in forming[table["prompt"] == table.loc[index, "prompt"]].tolist()
+
+
+def test_one_intervention_may_be_named_or_a_function():
+    tokens, options = sc.Tokens(TEXTS, NAMES), {"found": found(), "controls": (), "n_random": 0, "verbose": False}
+
+    def halved(contribution):
+        return contribution * 0.5
+
+    for intervention, name in ((halved, "halved"), ("mean", "mean")):
+        own = with_controls(lens(), tokens, treated(), layer=6, intervention=intervention, **options)
+        alone = sc.ablate(lens(), tokens, treated(), layer=6, intervention=intervention, verbose=False)
+        assert own.data["edit"].values.tolist() == [name]
+        np.testing.assert_array_equal(own.data["effect_log_odds"], alone.over_lifetime("log_odds"))
 
 
 def test_a_random_perturbation_is_as_large_as_the_edit_and_repeats_by_name():
@@ -170,7 +205,8 @@ def test_saved_and_loaded(tmp_path):
     ("options", "said"),
     [
         ({"n_random": -1}, "n_random = -1"), ({"layer": 6, "together": True}, "one sink at a time"),
-        ({"layer": 99}, "layer 99 is out of range"), ({}, "give either layer="),
+        ({"layer": 99}, "layer 99 is out of range"), ({"layer": 6, "controls": ("nobody",)}, "control 'nobody' is unknown"),
+      ({"layer": 6, "intervention": "erase"}, "intervention 'erase' is unknown"), ({}, "give either layer="),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_a_sentence(options, said):

@@ -111,7 +111,7 @@ def test_ablation_by_a_function_of_ones_own():
     def turned(c):
         return 0.5 * c.flip(-1)
 
-    effect = sc.ablate(lens(), list(TEXTS), secondary(), layers=[6, 7], method=turned, verbose=False)
+    effect = sc.ablate(lens(), list(TEXTS), secondary(), layers=[6, 7], intervention=turned, verbose=False)
     check(effect, lambda text, pos, label: [(layer, pos, turned) for layer in (6, 7)])
     assert effect.data["edit"].values.tolist() == ["turned"]
 
@@ -133,7 +133,7 @@ def test_dose_response(backend, path, where):
 @pytest.mark.parametrize(("backend", "path"), PATHS)
 @pytest.mark.parametrize("method", ["zero", "mean"])
 def test_ablation_of_a_joint_set(backend, path, method):
-    effect = sc.ablate(lens(backend), list(TEXTS), secondary(), layers=[6, 7], method=method, path=path, verbose=False)
+    effect = sc.ablate(lens(backend), list(TEXTS), secondary(), layers=[6, 7], intervention=method, path=path, verbose=False)
     ordinary = [[p for p in range(4, 96) if (text, p) not in TREATED] for text in (0, 1)]
     donors = torch.cat([run(text).contributions[:, keep] for text, keep in enumerate(ordinary)], dim=1).mean(1)
     if method == "mean":
@@ -494,7 +494,7 @@ def call(name: str, **options):
         ("ablate", {"layers": []}, "name each layer once, and at least one"),
         ("ablate", {"layers": [3, 3]}, "name each layer once"),
         ("ablate", {"layers": [3, 24]}, "layer 24 is out of range"),
-        ("ablate", {"layer": 3, "method": "erase"}, "method 'erase' is unknown: use 'zero' or 'mean' or a function"),
+        ("ablate", {"layer": 3, "intervention": "erase"}, "intervention 'erase' is unknown: use 'zero' or 'mean' or a function"),
         ("dose_response", {"layer": 3, "factors": [1, -1]}, "factor -1 is not allowed"),
         ("dose_response", {"layer": 3, "factors": [math.nan]}, "factor nan is not allowed"),
         ("dose_response", {"layer": 3, "factors": [math.inf]}, "factor inf is not allowed"),
@@ -504,7 +504,7 @@ def call(name: str, **options):
         ("layer_map", {"layers": [0, 24]}, "layer 24 is out of range"),
         ("layer_map", {"layers": [3, 3]}, "name each layer once"),
         ("layer_map", {"layers": []}, "at least one"),
-        ("ablate", {"layer": 3, "method": 7}, "method 7 is unknown"),
+        ("ablate", {"layer": 3, "intervention": 7}, "intervention 7 is unknown"),
         ("dose_response", {"layer": 3, "intervention": "turn"}, "intervention 'turn' is unknown: use 'rescale' or a function"),
         ("dose_response", {"layer": 3, "intervention": max, "factors": [math.nan]}, "dose nan is not allowed: give a finite number"),
         ("dose_response", {"layer": 3, "intervention": max, "factors": [True]}, "dose True is not allowed"),
@@ -533,8 +533,8 @@ def test_bad_arguments_are_refused_before_anything_runs(name, options, message, 
         ({"tokens": prompt()[:30]}, "the sink at position 40 of prompt 'prompt-0' is another token there"),
         ({"sinks": sc.Sinks(secondary().table.iloc[1:], ("prompt-1",), None)}, "sinks of prompt 'prompt-1' were given without its tokens"),
         ({"sinks": sc.Sinks(secondary().table.iloc[:0], (), None)}, "there are no sinks to treat"),
-        ({"method": "mean", "sinks": sc.Sinks(secondary().table.iloc[1:], ("prompt-1",), None)}, "without its tokens"),
-        ({"method": "mean", "tokens": prompt()[:30]}, "is another token there"),
+        ({"intervention": "mean", "sinks": sc.Sinks(secondary().table.iloc[1:], ("prompt-1",), None)}, "without its tokens"),
+        ({"intervention": "mean", "tokens": prompt()[:30]}, "is another token there"),
         ({"layer": "forming", "forming": pd.Series([6, 6])}, "forming holds 2 layers for 1 sinks"),
         ({"layer": "forming", "forming": pd.Series([99])}, r"layer 99 is out of range"),
     ],
