@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -209,8 +209,8 @@ def test_claims(
             f"{chosen.table['prompt'].nunique()} of {len(tokens)} prompts hold sinks of kind {' or '.join(kinds)}, and {needed}: "
             "give more prompts, or other kinds."
         )
-    if declared:
-        forming_layer, forming_set = cast(int, layer), tuple(sorted(declared))
+    if layer is not None:
+        forming_layer, forming_set = layer, tuple(sorted(declared))
     else:
         last = int(discovery.table["l_end"].max())
         forming_layer, forming_set = forming_layers(

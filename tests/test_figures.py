@@ -134,7 +134,7 @@ def test_interventions_and_outcomes_of_ones_own_are_drawn(results):
     drawn = {
         "layer_map": sc.layer_map(model, tokens, sinks, intervention=bent, layers=[6, 7], **options),
         "dose_response": sc.dose_response(model, tokens, sinks, layer=6, intervention=bent, factors=[0, -2], **options),
-        "ablate": sc.ablate(model, tokens, sinks, layer=6, method=bent, **options),
+        "ablate": sc.ablate(model, tokens, sinks, layer=6, intervention=bent, **options),
     }
     for kind, effect in drawn.items():
         if kind != "ablate":
