@@ -44,21 +44,20 @@ EditsOf = Callable[[Any, pd.Series], tuple[Edit, ...]]
 
 def measure(
     model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, outcomes=None, loss: bool = False,
-    kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None,
-    memory: float | None = None, attention_mask=None, clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
+    kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None,
+    clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
 ) -> Effect:  # fmt: skip
     """Run `edits_of(label, sink)` for every label and sink and measure all outcomes.
 
     One sink is edited per run unless `together`, which edits all sinks of a prompt in one run (each is still measured
     by itself). `labels` name the axis `edit` of the result. `outcomes`: your own, {name: function of (clean, edited,
     sink)} or a list of functions or `Outcome`s (see `outcomes.OutcomeFunction`); they are tried on the first clean run.
-    `loss`, `kl`: these too. `memory`: GiB to use beside the model's weights (None: what is free); edited rows per forward
-    pass follow from it, unless `batch_size` gives them. `settings` go into
+    `loss`, `kl`: these too. `batch_size`: edited rows per forward pass, chosen by memory when None. `settings` go into
     the manifest. A run without edits, or whose edits change nothing (a rescaling by 1), is the clean one: copied, not
     run. All edits are made and checked before the first forward pass. Raises InputError.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, outcomes, memory)
+    _check_options(adapter, min_queries, batch_size, path, outcomes)
     own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
@@ -92,7 +91,7 @@ def measure(
             notes.note_run(measured, clean, clean_again, edits, members)
             bar.update(len(members))
         cells = [cell for cell in cells if not _changes_nothing(cell)]
-        for chunk in _chunks(cells, batch_size or rows):
+        for chunk in _chunks(cells, batch_size or _row_budget(adapter, len(ids))):
             runs = run_edited(model, clean, [edits for edits, _ in chunk], loss=loss, kl=kl, path=path)
             for run, (edits, members) in zip(runs, chunk, strict=True):
                 notes.note_run(measured, clean, run, edits, members)
@@ -172,15 +171,13 @@ def _check_options(
     batch_size: int | None = None,
     path: str = "auto",
     outcomes=None,
-    memory: float | None = None,
     **_,
 ) -> None:
     as_outcomes(outcomes)
     check_min_queries(min_queries)
     resolve_path(adapter, path)
-    check_memory(memory)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size = {batch_size}: at least 1, or None to let memory decide.")
+        raise InputError(f"batch_size = {batch_size}: at least 1, or None to choose by memory.")
 
 
 def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
@@ -287,7 +284,7 @@ def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Seri
     layers_of = None if waits else resolve_layers(model, layer, layers, forming)
     _check_options(adapter, **options)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
-    shared = {name: options[name] for name in ("clean_cache", "path", "verbose", "attention_mask", "memory") if name in options}
+    shared = {name: options[name] for name in ("clean_cache", "path", "verbose", "attention_mask") if name in options}
     sinks = find_sinks(model, given, **shared) if sinks is None else sinks
     table = _check_sinks(sinks, tokens)
     if layer == "forming" and forming is not None and len(forming) != len(sinks):
