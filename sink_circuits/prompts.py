@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,11 +20,17 @@ from sink_circuits.errors import InputError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text, with its id and kind ("maths", "prose", ...)."""
+    """One text, with its id and kind ("maths", "prose", ...).
+
+    `output`: what a model wrote after it, which `tokens` puts behind it. `answer`: the right answer where a data set
+    gives one; no model is ever shown it.
+    """
 
     id: str
     kind: str
     text: str
+    output: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,38 +87,123 @@ class PromptSet(Sequence):
     def tokens(self, model, *, max_tokens: int | None = None, chat: bool = False) -> Tokens:
         """Token ids as the tokenizer itself gives them (its own BOS, none added), at most `max_tokens` of each.
 
-        `chat`: wrap each text as a user's message in the tokenizer's chat template. Raises InputError for a model
-        without a tokenizer, a tokenizer without a template, an empty prompt, or one longer than the context.
+        A prompt's `output` stands directly behind its text, or behind the whole template, and both are cut into tokens
+        as one text (Wong et al., 2512.22213). `chat`: wrap each text as a user's message in the tokenizer's chat
+        template, which then says whether there is a BOS: none is added to it. A text that begins with the BOS token's
+        own text, as a rendered chat may, gets no second one. Raises InputError for a model without a tokenizer, a
+        tokenizer without a template, a text that holds a template already, an empty prompt, or one longer than the context.
         """
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise InputError("this model has no tokenizer: pass token ids (LongTensor [pos]) instead of texts.")
+        tokenizer = _tokenizer_of(model)
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens = {max_tokens}: at least 1.")
         ids = []
         for prompt in self.prompts:
             if not prompt.text.strip():
                 raise InputError(f"prompt {prompt.id!r} is empty: give it some text.")
-            ids.append(torch.tensor(_encode(tokenizer, prompt.text, chat)[:max_tokens]))
+            ids.append(torch.tensor(_encode(tokenizer, prompt, chat)[:max_tokens]))
         return as_tokens(model, Tokens(tuple(ids), tuple(p.id for p in self.prompts)))
 
+    def template_positions(self, model) -> dict[str, tuple[int, ...]]:
+        """By prompt id, the positions that the chat template put around the text, in `tokens(model, chat=True)`.
 
-def _encode(tokenizer, text: str, chat: bool) -> list[int]:
+        They are the same tokens in every prompt: that one of them is a sink says nothing of the text. Where one token
+        holds both template and text it counts as text. Raises InputError as `tokens` does, and where the template changes
+        with the text.
+        """
+        tokenizer = _tokenizer_of(model)
+        found = {}
+        for prompt in self.prompts:
+            ids = _encode(tokenizer, prompt, chat=True)
+            header, text, footer = _framed(tokenizer, prompt.text)
+            parts = (header, header + text, header + text + footer)
+            ends = [_n_shared(_plain_ids(tokenizer, part), ids) for part in parts]
+            found[prompt.id] = (*range(ends[0]), *range(ends[1], ends[2]))
+        return found
+
+    def prompt_lengths(self, model) -> tuple[int, ...]:
+        """Tokens of each text by itself, without template or output: `prompt_len` of the published records."""
+        tokenizer = _tokenizer_of(model)
+        return tuple(len(tokenizer(prompt.text)["input_ids"]) for prompt in self.prompts)
+
+    def worded(self, wording: str) -> PromptSet:
+        """Every text put in the place of `{question}` in `wording`. Raises InputError where it has no such place, or is not one."""
+        if wording.count("{question}") != 1:
+            raise InputError(
+                f"wording {wording[:60]!r} holds `{{question}}` {wording.count('{question}')} times: once is needed."
+            )
+        return PromptSet(tuple(replace(p, text=wording.replace("{question}", p.text)) for p in self.prompts))
+
+
+def _tokenizer_of(model):
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("this model has no tokenizer: pass token ids (LongTensor [pos]) instead of texts.")
+    return tokenizer
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text as it stands, with no special token added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:
     if not chat:
-        return list(tokenizer(text)["input_ids"])
+        text = prompt.text + prompt.output
+        bos = tokenizer.bos_token
+        return _plain_ids(tokenizer, text) if bos and text.startswith(bos) else list(tokenizer(text)["input_ids"])
+    rendered = _rendered(tokenizer, prompt.text)
+    marks = [mark for mark in tokenizer.all_special_tokens if mark]
+    if prompt.text.lstrip().startswith(tuple(marks)):
+        raise InputError(
+            f"prompt {prompt.id!r} begins with {next(m for m in marks if prompt.text.lstrip().startswith(m))!r}, a token of a chat "
+            "template: leave `chat` off for texts that hold one already."
+        )
+    return _plain_ids(tokenizer, rendered + prompt.output)
+
+
+def _rendered(tokenizer, text: str) -> str:
+    """The text as a user's message, up to where the model's own turn begins."""
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("this tokenizer has no chat template: leave `chat` off.")
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"the chat template of this tokenizer cannot be filled in ({error}): leave `chat` off."
+        ) from error
+
+
+def _framed(tokenizer, text: str) -> tuple[str, str, str]:
+    """What the template puts before the text, the text as it stands in it, and what comes behind."""
+    one, other = (_rendered(tokenizer, letter) for letter in "ab")
+    header, footer = one[: _n_shared(one, other)], one[len(one) - _n_shared(one[::-1], other[::-1]) :]
+    rendered = _rendered(tokenizer, text)
+    if not (rendered.startswith(header) and rendered[len(header) :].endswith(footer)):
+        raise InputError(
+            "the chat template changes with the text, so that the text cannot be told from it: leave `chat` off."
+        )
+    return header, rendered[len(header) : len(rendered) - len(footer)], footer
+
+
+def _n_shared(first: Sequence, second: Sequence) -> int:
+    """Length of the common beginning."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
     """The bundled prompts of one kind ("maths", "prose", "code", "lists", "dialogue"), "all", or a file of one's own.
 
-    A file is JSON lines with a `text` (or `problem`, `question`, `prompt`) and optional `id` and `kind`, or plain text
-    (one prompt). Raises InputError for an unknown kind, a file that is missing, or a line that cannot be read.
+    A file ending in .txt is one prompt. Any other is JSON lines, each told by its keys (in small or capital letters):
+    `prompt` and `output`, a generation; else the text under `text`, `problem` (AIME, MATH), `question` (GSM8K) or `prompt`,
+    the first that is there. Optional: `id` (or `unique_id`; else "line-" and the number of the line; with a
+    `generation_idx` above 0 it follows behind a slash), `kind`, `answer`. Raises InputError for an unknown kind, a file that
+    is missing, or naming the line and key that cannot be read.
     """
     if n is not None and n < 1:
         raise InputError(f"n = {n} prompts asked for: at least 1.")
@@ -144,26 +236,55 @@ def _read_file(path: Path) -> list[Prompt]:
     return _parse_lines(text, str(path))
 
 
+TEXT_KEYS = ("text", "problem", "question", "prompt")
+
+
 def _parse_lines(text: str, where: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): texts may hold U+2028 and its like
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            body = next(record[key] for key in ("text", "problem", "question", "prompt") if key in record)
-            if not isinstance(body, str):
-                raise TypeError("the text is not a string")
-        except (ValueError, StopIteration, TypeError, AttributeError) as error:
+            prompts.append(_parsed(json.loads(line), number))
+        except json.JSONDecodeError as error:
             raise InputError(
-                f"{where}, line {number}: not a JSON object with a `text` ({str(error) or 'no text'}); mend or remove the line."
+                f"{where}, line {number}: not a whole JSON object ({error.msg}, column {error.colno}); mend or remove the line."
             ) from error
-        prompts.append(Prompt(str(record.get("id", f"line-{number}")), str(record.get("kind", "text")), body))
+        except ValueError as error:
+            raise InputError(f"{where}, line {number}: {error}; mend or remove the line.") from error
     if not prompts:
         raise InputError(f"{where} holds no prompts: give at least one line.")
-    if len({p.id for p in prompts}) < len(prompts):
-        raise InputError(f"{where}: two prompts share an id; give each its own.")
+    counts = Counter(prompt.id for prompt in prompts)
+    if len(counts) < len(prompts):
+        raise InputError(f"{where}: two prompts share an id ({counts.most_common(1)[0][0]!r}); give each its own.")
     return prompts
+
+
+def _parsed(record, number: int) -> Prompt:
+    """One line's prompt. Raises ValueError saying what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__} is not a JSON object with a `text`")
+    fields = {key.lower(): value for key, value in record.items()}
+    generated = "output" in fields
+    keys = ("prompt",) if generated else TEXT_KEYS
+    key = next((one for one in keys if one in fields), None)
+    if key is None:
+        wanted = "an `output` needs its `prompt`" if generated else f"one of {', '.join(TEXT_KEYS)} is needed"
+        raise ValueError(f"no text under its keys ({', '.join(map(str, record)) or 'none'}): {wanted}")
+    for one in (key, "output") if generated else (key,):
+        if not isinstance(fields[one], str):
+            raise ValueError(f"`{one}` is not a string but {type(fields[one]).__name__}")
+    name = next((str(fields[one]) for one in ("id", "unique_id") if fields.get(one) is not None), None)
+    generation = fields.get("generation_idx") or 0
+    name = f"line-{number}" if name is None else f"{name}/{generation}" if generation else name
+    answer = fields.get("answer")
+    return Prompt(
+        name,
+        str(fields.get("kind", "text")),
+        fields[key],
+        fields["output"] if generated else "",
+        "" if answer is None else str(answer),
+    )
 
 
 def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = None) -> Tokens:

@@ -1,8 +1,9 @@
 """Records: the JSON-lines format of the published code (Wong et al., 2512.22213), one text a line.
 
 `{"candidate_sinks": {"<pos>": {"layer": [..], "token_id": int, "sink_type": str}}, "sample_index": int,
-"prompt_len": int, "response_len": int, "full_text_len": int}`, keys in this order. Older files say `cliff` for
-`secondary`; reading makes it `secondary`.
+"prompt_len": int, "response_len": int, "full_text_len": int}`, keys in this order. The BOS sink is one of the candidates,
+with the layers that were looked at. `prompt_len` counts the prompt alone, without any chat template, `response_len` the
+rest of the text. Older files say `cliff` for `secondary`, which reading makes of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sink_circuits.detection import OfficialResult
+from sink_circuits.detection import OfficialResult, official_type
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.results import write_whole
 
@@ -51,23 +52,28 @@ class Record:
         return json.dumps({"candidate_sinks": sinks, **{name: getattr(self, name) for name in LENGTHS}})
 
 
-def record_of(found: OfficialResult, token_ids, sample_index: int, prompt_len: int | None = None) -> Record:
+def record_of(
+    found: OfficialResult, token_ids, sample_index: int, *, n_layers: int, prompt_len: int | None = None
+) -> Record:
     """The record of one text, whose `token_ids` [pos] hold prompt and response; `prompt_len` None: all is prompt.
 
-    Raises InputError when the result belongs to another text or the prompt is longer than the text.
+    As the published code writes it: the BOS sink stands first, with the layers that were looked at and the type that their
+    number gives in a model of `n_layers`; then the others in the order in which they are met, layer by layer. Raises
+    InputError when the result belongs to another text or the prompt is longer than the text.
     """
     ids = [int(i) for i in token_ids]
     prompt_len = len(ids) if prompt_len is None else prompt_len
     if not 0 <= prompt_len <= len(ids):
         raise InputError(f"prompt_len = {prompt_len} is out of range: the text has {len(ids)} tokens.")
-    if beyond := [position for position in found.layers if position >= len(ids)]:
+    if beyond := [position for position in (found.bos, *found.layers) if position >= len(ids)]:
         raise InputError(
             f"a sink at position {beyond[0]} in a text of {len(ids)} tokens: pass the tokens it was found in."
         )
-    sinks = {
-        position: CandidateSink(tuple(layers), ids[position], found.sink_type[position])
-        for position, layers in found.layers.items()
-    }
+    looked_at = tuple(range(found.first_layer, found.last_layer + 1))
+    sinks = {found.bos: CandidateSink(looked_at, ids[found.bos], official_type(len(looked_at), n_layers))}
+    for position in sorted(found.layers, key=lambda one: (found.layers[one][0], one)):
+        layers = tuple(found.layers[position])
+        sinks[position] = CandidateSink(layers, ids[position], found.sink_type[position])
     return Record(sinks, sample_index, prompt_len, len(ids) - prompt_len, len(ids))
 
 

@@ -74,8 +74,8 @@ def test_detect_official_writes_the_published_format(model, tmp_path):
     out = tmp_path / "sinks.jsonl"
     assert main(["detect", folder, *texts, "--method", "official", "--out", str(out)]) == 0
     found = records.records_table(records.read_records(out))
-    assert found["pos"].tolist() == [30] * 3
-    assert set(found["sink_type"]) == {"secondary"}
+    assert found["pos"].tolist() == [0, 30] * 3
+    assert found["sink_type"].tolist() == ["bos_sink", "secondary"] * 3
 
 
 def test_map_ablate_and_dose(model, tmp_path, capsys):

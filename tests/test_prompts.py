@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from sink_circuits import weights
 from sink_circuits.errors import InputError
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens, load_prompts, token_texts
 
@@ -169,16 +172,192 @@ def test_files_of_ones_own(tmp_path):
     assert list(load_prompts(str(text))) == [Prompt("essay", "text", "one\ntwo")]
 
 
+AIME = {"ID": "2024-I-1", "Problem": "How many?", "Solution": "Count.", "Answer": 204}
+MATH = {
+    "problem": "Find x.",
+    "level": "Level 2",
+    "type": "Algebra",
+    "solution": "x = 3",
+    "answer": "3",
+    "unique_id": "test/algebra/7.json",
+}
+GSM8K = {"question": "Ann has 2 eggs.", "answer": "She has 2.\n#### 2"}
+GENERATION = {  # as the published code writes them: all that the data set said, and what was made of it
+    "id": 60, "problem": "How many?", "solution": "Count.", "answer": "204", "question": "How many?", "prompt": "Solve: How many?",
+    "index": 0, "output": " It is 204.", "prefill_tokens": 5, "output_tokens": 4, "total_tokens": 9, "sample_idx": 0, "generation_idx": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        (AIME, Prompt("2024-I-1", "text", "How many?", answer="204")),
+        (MATH, Prompt("test/algebra/7.json", "text", "Find x.", answer="3")),
+        (GSM8K, Prompt("line-2", "text", "Ann has 2 eggs.", answer="She has 2.\n#### 2")),
+        (GENERATION, Prompt("60", "text", "Solve: How many?", " It is 204.", "204")),
+        (GENERATION | {"generation_idx": 3}, Prompt("60/3", "text", "Solve: How many?", " It is 204.", "204")),
+        ({"prompt": "a", "output": ""}, Prompt("line-2", "text", "a")),
+        ({"prompt": "a", "answer": None}, Prompt("line-2", "text", "a")),
+    ],
+)  # fmt: skip
+def test_the_studys_formats_are_told_by_their_keys(tmp_path, record, prompt):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n" + json.dumps(record), "utf-8")
+    assert list(load_prompts(path)) == [prompt]
+
+
+def test_an_id_does_not_depend_on_the_other_lines(tmp_path):
+    lines = [json.dumps(GENERATION | {"generation_idx": i}) for i in range(3)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    assert [p.id for p in load_prompts(path)] == ["60", "60/1", "60/2"]
+    path.write_text(lines[2], "utf-8")
+    assert [p.id for p in load_prompts(path)] == ["60/2"]
+
+
+def test_an_output_stands_behind_its_prompt_as_one_text():
+    given_as = PromptSet((Prompt("x", "text", "a b", " c a"), Prompt("y", "text", "a", "b")))
+    model = Model(tokenizer())
+    assert lists(given_as.tokens(model)) == [[0, 3, 4, 5, 3], [0, 6]], "ab is one word: both are cut as one text"
+    assert lists(given_as[:1].tokens(model, chat=True)) == [[0, 1, 3, 4, 2, 5, 3]]
+    assert given_as.prompt_lengths(model) == (3, 2)
+    assert lists(given_as.tokens(model, max_tokens=4)) == [[0, 3, 4, 5], [0, 6]]
+
+
+def test_bos_is_never_doubled():
+    rendered = PromptSet((Prompt("x", "text", "<s> [user] a [/user]", " b"),))
+    assert lists(rendered.tokens(Model(tokenizer()))) == [[0, 1, 3, 2, 4]]
+    with pytest.raises(InputError, match="prompt 'x' begins with '<s>', a token of a chat template: leave `chat` off"):
+        rendered.tokens(Model(tokenizer()), chat=True)
+
+
+def test_positions_of_the_template_are_those_of_every_other_text():
+    model = Model(tokenizer())
+    given_as = PromptSet((Prompt("x", "text", "a b c", " a"), Prompt("y", "text", "[/user]", "")))
+    assert lists(given_as.tokens(model, chat=True)) == [[0, 1, 3, 4, 5, 2, 3], [0, 1, 2, 2]]
+    assert given_as.template_positions(model) == {"x": (0, 1, 5), "y": (0, 1, 3)}
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "[user]", "[/user]"]), min_size=1, max_size=6), st.booleans())
+def test_without_the_template_the_text_is_left(words, answered):
+    model = Model(tokenizer())
+    prompts = PromptSet((Prompt("x", "text", " ".join(words), " c b" if answered else ""),))
+    ids, template = prompts.tokens(model, chat=True)[0].tolist(), prompts.template_positions(model)["x"]
+    plain = [WORDS.index(word) for word in words]
+    assert [token for pos, token in enumerate(ids) if pos not in template] == plain + [5, 4] * answered
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('only for tools') }}",
+            "the chat template of this tokenizer cannot be filled in.*only for tools",
+        ),
+        (
+            "{{ messages[0]['content'] | length }} {{ messages[0]['content'] }}",
+            "the chat template changes with the text",
+        ),
+    ],
+)
+def test_templates_that_do_not_serve_are_refused(template, message):
+    made = tokenizer()
+    made.chat_template = template
+    with pytest.raises(InputError, match=message):
+        PromptSet((Prompt("x", "text", "a b"),)).template_positions(Model(made))
+
+
+def test_wording():
+    given_as = PromptSet((Prompt("x", "text", "How {many}?", answer="2"),))
+    assert given_as.worded("Solve: {question}\nThink. \\boxed{}")[0] == Prompt(
+        "x", "text", "Solve: How {many}?\nThink. \\boxed{}", answer="2"
+    )
+    for wording in ("Solve.", "{question} {question}"):
+        with pytest.raises(InputError, match="once is needed"):
+            given_as.worded(wording)
+
+
+@functools.cache
+def bundled_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(weights.fetch(name, verbose=False))
+    model = Model(made)
+    model.cfg = SimpleNamespace(n_ctx=2048, d_vocab=len(made))
+    return model
+
+
+QUESTION = PromptSet((Prompt("x", "maths", "What is 1 + 1?", " It is 2."),))
+
+
+@pytest.mark.slow
+def test_the_chat_of_smollm2():
+    model = bundled_tokenizer("smollm2-135m")
+    ids, template = QUESTION.tokens(model, chat=True)[0], QUESTION.template_positions(model)["x"]
+    texts = token_texts(model, ids)
+    assert texts[:3] == ["<|im_start|>", "system", "\n"], (
+        "its template holds a system message; the tokenizer has no BOS"
+    )
+    assert "".join(texts[pos] for pos in range(len(ids)) if pos not in template) == "What is 1 + 1? It is 2."
+    assert "".join(texts[pos] for pos in template).endswith("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
+    own = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION[0].text}], add_generation_prompt=True
+    )["input_ids"]
+    assert ids[: len(own)].tolist() == list(own)
+    assert token_texts(model, QUESTION.tokens(model)[0])[0] == "What"
+
+
+@pytest.mark.slow
+def test_the_chat_of_gemma():
+    model = bundled_tokenizer("gemma-3-270m")
+    with pytest.raises(InputError, match="no chat template"):
+        QUESTION.tokens(model, chat=True)
+    with pytest.raises(InputError, match="no chat template"):
+        QUESTION.template_positions(model)
+    assert token_texts(model, QUESTION.tokens(model)[0])[:2] == ["<bos>", "What"]
+    instructed = copy.copy(model)  # the template of its sisters that are trained for it, in short
+    instructed.tokenizer = copy.deepcopy(model.tokenizer)
+    user, turn = "{{ bos_token }}<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model{{ '\\n' }}"
+    instructed.tokenizer.chat_template = user + "{{ messages[0]['content'] | trim }}" + turn
+    texts = token_texts(model, QUESTION.tokens(instructed, chat=True)[0])
+    assert texts[:4] == ["<bos>", "<start_of_turn>", "user", "\n"] and texts.count("<bos>") == 1
+    assert QUESTION.template_positions(instructed)["x"] == (
+        0,
+        1,
+        2,
+        3,
+        *(texts.index("<end_of_turn>") + i for i in range(5)),
+    )
+    rendered = PromptSet((Prompt("y", "text", "<bos><start_of_turn>user\nHello"),))
+    assert token_texts(model, rendered.tokens(model)[0]).count("<bos>") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"tex": "y"}', "a.jsonl, line 2.*no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl, line 2.*mend or remove the line"),
-        ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1.*not a string"),
-        ("a.jsonl", b"[1]", "a.jsonl, line 1"),
-        ("a.jsonl", b'"text"', "a.jsonl, line 1"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"tex": "y", "n": 1}',
+            r"a.jsonl, line 2: no text under its keys \(tex, n\): one of text, problem, question, prompt is needed; mend or remove",
+        ),
+        ("a.jsonl", b"{}", r"line 1: no text under its keys \(none\)"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "y',
+            "a.jsonl, line 2: not a whole JSON object .*mend or remove the line",
+        ),
+        ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1: `text` is not a string but int"),
+        ("a.jsonl", b'{"question": ["x"], "answer": "1"}', "line 1: `question` is not a string but list"),
+        ("a.jsonl", b'{"prompt": "x", "output": null}', "line 1: `output` is not a string but NoneType"),
+        (
+            "a.jsonl",
+            b'{"problem": "x", "output": "y"}',
+            r"line 1: no text .*\(problem, output\): an `output` needs its `prompt`",
+        ),
+        ("a.jsonl", b"[1]", "a.jsonl, line 1: a list is not a JSON object"),
+        ("a.jsonl", b'"text"', "a.jsonl, line 1: a str is not a JSON object"),
         ("a.jsonl", b"\n", "holds no prompts"),
-        ("a.jsonl", b'{"text": "x", "id": 1}\n{"text": "y", "id": "1"}', "two prompts share an id"),
+        ("a.jsonl", b'{"text": "x", "id": 1}\n{"text": "y", "id": "1"}', r"two prompts share an id \('1'\)"),
         ("a.txt", b" ", "a.txt is empty"),
         ("a.txt", b"\xff\xfe\xff", "cannot be read as UTF-8"),
     ],

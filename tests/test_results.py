@@ -33,27 +33,31 @@ def write(path, text: str):
 
 
 LINE = (
-    '{"candidate_sinks": {"17": {"layer": [11, 12, 14], "token_id": 262, "sink_type": "secondary"}, '
+    '{"candidate_sinks": {"0": {"layer": [11, 12, 13, 14, 15], "token_id": 7, "sink_type": "bos_sink"}, '
+    '"17": {"layer": [11, 12, 14], "token_id": 262, "sink_type": "secondary"}, '
     '"3": {"layer": [12], "token_id": 5, "sink_type": "noise"}}, '
     '"sample_index": 4, "prompt_len": 20, "response_len": 5, "full_text_len": 25}\n'
 )
 
 
 def test_a_line_is_written_byte_for_byte_as_published(tmp_path):
-    found = OfficialResult(0, 11, 20, {17: [11, 12, 14], 3: [12]}, {17: "secondary", 3: "noise"})
+    found = OfficialResult(0, 11, 15, {3: [12], 17: [11, 12, 14]}, {3: "noise", 17: "secondary"})
     ids = torch.zeros(25, dtype=torch.long)
-    ids[17], ids[3] = 262, 5
-    record = record_of(found, ids, 4, prompt_len=20)
+    ids[0], ids[17], ids[3] = 7, 262, 5
+    record = record_of(found, ids, 4, n_layers=20, prompt_len=20)
     write_records(tmp_path / "r.jsonl", [record, record])
     assert (tmp_path / "r.jsonl").read_bytes() == LINE.encode() * 2
     assert read_records(tmp_path / "r.jsonl") == [record, record]
-    assert record_of(found, ids, 4).prompt_len == 25
-    assert record_of(found, ids.tolist(), 4).response_len == 0
+    assert record_of(found, ids, 4, n_layers=20).prompt_len == 25
+    assert record_of(found, ids.tolist(), 4, n_layers=20).response_len == 0
+    longer = record_of(found, ids, 4, n_layers=24).candidate_sinks[0]
+    assert longer.sink_type == "secondary", "the published code labels the BOS sink by its number of layers too"
 
 
 def test_a_published_line_is_read(tmp_path):
     (record,) = read_records(write(tmp_path / "r.jsonl", LINE))
     assert record.candidate_sinks == {
+        0: CandidateSink((11, 12, 13, 14, 15), 7, "bos_sink"),
         17: CandidateSink((11, 12, 14), 262, "secondary"),
         3: CandidateSink((12,), 5, "noise"),
     }
@@ -67,7 +71,8 @@ def test_cliff_is_the_older_name_of_secondary(tmp_path):
 
 def test_table_of_records(tmp_path):
     table = records_table(read_records(write(tmp_path / "r.jsonl", LINE)))
-    assert table.to_dict("records") == [
+    assert table["sink_type"].tolist() == ["bos_sink", "secondary", "noise"]
+    assert table.to_dict("records")[1:] == [
         {
             "sample_index": 4,
             "pos": 17,
@@ -155,16 +160,19 @@ def test_a_file_cut_anywhere_is_refused_or_loses_whole_lines_only(tmp_path_facto
 def test_records_that_do_not_fit_their_text_are_refused():
     found = OfficialResult(0, 1, 2, {17: [1]}, {17: "noise"})
     with pytest.raises(InputError, match="a sink at position 17 in a text of 10 tokens"):
-        record_of(found, range(10), 0)
+        record_of(found, range(10), 0, n_layers=24)
     with pytest.raises(InputError, match=r"prompt_len = 30 is out of range: the text has 20 tokens"):
-        record_of(found, range(20), 0, prompt_len=30)
+        record_of(found, range(20), 0, n_layers=24, prompt_len=30)
 
 
 def test_record_of_a_planted_text(tmp_path):
     clean = sc.run_clean(lens(), prompt())
     states = torch.stack([clean.resid_post(layer) for layer in range(24)])
-    record = record_of(official(states), prompt(), 0)
-    assert record.candidate_sinks == {SINK: CandidateSink(tuple(range(6, 13)), 1, "secondary")}
+    record = record_of(official(states), prompt(), 0, n_layers=24)
+    assert record.candidate_sinks == {
+        0: CandidateSink(tuple(range(2, 21)), 0, "bos_sink"),
+        SINK: CandidateSink(tuple(range(6, 13)), 1, "secondary"),
+    }
 
 
 def test_records_files_are_not_overwritten_unasked(tmp_path):
