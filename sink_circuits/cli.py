@@ -93,6 +93,8 @@ class Output:
     """Replace files that exist."""
     path: Literal["auto", "fast", "reference"] = "auto"
     """Execution path: `reference` goes through TransformerLens' hooks alone."""
+    memory: float | None = None
+    """GiB to use beside the model's weights; what is free when not given. A text that does not fit is refused."""
     quiet: bool = False
     """No progress bars."""
 
@@ -107,6 +109,8 @@ class Table:
     """Replace a file that exists."""
     path: Literal["auto", "fast", "reference"] = "auto"
     """Execution path: `reference` goes through TransformerLens' hooks alone."""
+    memory: float | None = None
+    """GiB to use beside the model's weights; what is free when not given. A text that does not fit is refused."""
     quiet: bool = False
     """No progress bars."""
 
@@ -199,7 +203,13 @@ class Detect:
         from sink_circuits import detection
 
         sinks = detection.find_sinks(
-            model, tokens, method=self.method, path=self.output.path, verbose=not self.output.quiet, **given
+            model,
+            tokens,
+            method=self.method,
+            path=self.output.path,
+            memory=self.output.memory,
+            verbose=not self.output.quiet,
+            **given,
         )
         if len(sinks):
             print(_table(sinks.table))
@@ -583,7 +593,7 @@ def _experiment(command, experiment):
     )
     from sink_circuits import demo, detection
 
-    options = {"path": output.path, "verbose": not output.quiet}
+    options = {"path": output.path, "memory": output.memory, "verbose": not output.quiet}
     found = detection.find_sinks(model, tokens, **given, **options)
     sinks = demo.spread_over_prompts(found, selection.kinds, selection.max_sinks, verbose=not output.quiet)
     measured = {name: value for name, value in given.items() if name == "min_queries"}

@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sink_circuits.errors import InputError
+from sink_circuits.memory import check_memory, need_of, rows_within
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
 from sink_circuits.results import Manifest, write_whole
-from sink_circuits.runs import CleanRun, run_clean
+from sink_circuits.runs import CleanRun, resolve_path, run_clean
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
 
@@ -140,12 +141,13 @@ class Sinks:
 
 def find_sinks(
     model, tokens, *, method: str = "robust", thresholds: Thresholds | None = None, attention_mask=None, clean_cache=None,
-    path: str = "auto", verbose: bool = True, **changed,
+    path: str = "auto", memory: float | None = None, verbose: bool = True, **changed,
 ) -> Sinks:  # fmt: skip
     """Find the attention sinks of every prompt.
 
-    `method`: "robust" or "official". Thresholds may be given one by one: `find_sinks(model, tokens, cosine=0.8)`.
-    Raises InputError for tokens that do not fit, an unknown method, a threshold that is unknown or not the method's, or
+    `method`: "robust" or "official". `memory`: GiB to use beside the model's weights (None: what is free).
+    Thresholds may be given one by one: `find_sinks(model, tokens, cosine=0.8)`.
+    Raises InputError for tokens or texts that do not fit, an unknown method, a threshold that is unknown or not the method's, or
     first positions none of which lies in a prompt; CacheError for a cache without the hooks needed; for `official`, InputError
     when the weights were processed (its residuals would not be the model's).
     """
@@ -153,6 +155,10 @@ def find_sinks(
     adapter = adapt(model)
     tokens = as_tokens(model, tokens, attention_mask)
     _check_first_positions(thresholds.first_positions, tokens)
+    if clean_cache is None:
+        longest = max(map(len, tokens.ids))
+        need = need_of(adapter, longest, n_chosen=0, path=resolve_path(adapter, path), resumable=False)
+        rows_within(check_memory(memory), adapter, need, longest)
     if method == "official" and adapter.processed:
         raise InputError(
             f"official detection needs the published residuals, and this model's weights were processed ({', '.join(adapter.processed)}): "

@@ -25,6 +25,7 @@ from sink_circuits.detection import Sinks, Thresholds, find_sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.interventions import Contribution, Edit, check_factor, custom, replace, rescale, zero
+from sink_circuits.memory import check_memory, need_of, rows_within
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.outcomes import Definitions, Outcome, as_outcomes, built_in, medians_of, unedited, value_of
 from sink_circuits.prompts import Tokens, as_tokens
@@ -33,8 +34,6 @@ from sink_circuits.runs import CleanRun, EditedRun, first_edit, resolve_path, ru
 from sink_circuits.scores import MIN_QUERIES, check_min_queries
 
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-ROW_FLOATS = 1 << 27
-"""Floats one batch of edited rows may take in its widest activations (512 MiB); rows per batch follow from it."""
 
 Dosed = Callable[[Contribution, float], Contribution]
 """A family of interventions of a user's own: (contribution [pos, d_model], dose) -> the same shape."""
@@ -44,20 +43,22 @@ EditsOf = Callable[[Any, pd.Series], tuple[Edit, ...]]
 
 def measure(
     model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, outcomes=None, loss: bool = False,
-    kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None,
-    clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
+    kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None,
+    memory: float | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
+    verbose: bool = True, settings: Mapping | None = None,
 ) -> Effect:  # fmt: skip
     """Run `edits_of(label, sink)` for every label and sink and measure all outcomes.
 
     One sink is edited per run unless `together`, which edits all sinks of a prompt in one run (each is still measured
     by itself). `labels` name the axis `edit` of the result. `outcomes`: your own, {name: function of (clean, edited,
     sink)} or a list of functions or `Outcome`s (see `outcomes.OutcomeFunction`); they are tried on the first clean run.
-    `loss`, `kl`: these too. `batch_size`: edited rows per forward pass, chosen by memory when None. `settings` go into
-    the manifest. A run without edits, or whose edits change nothing (a rescaling by 1), is the clean one: copied, not
-    run. All edits are made and checked before the first forward pass. Raises InputError.
+    `loss`, `kl`: these too. `memory`: GiB to use beside the model's weights (None: what is free); edited rows per forward
+    pass follow from it, unless `batch_size` gives them. `settings` go into the manifest. A run without edits, or whose
+    edits change nothing (a rescaling by 1), is the clean one: copied, not run. All edits are made and checked before the
+    first forward pass. Raises InputError, before it too for a text that does not fit the memory.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, outcomes)
+    _check_options(adapter, min_queries, batch_size, path, outcomes, memory)
     own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
@@ -66,6 +67,7 @@ def measure(
         n_positions = len(tokens.ids[tokens.names.index(row.prompt)])
         for edit in (edit for cell in cells for edit in cell):
             edit.check(adapter.n_layers, n_positions)
+    rows_of = _rows_per_batch(adapter, tokens, table, path, memory, loss or kl)
     notes = _Notes.empty(table, labels, adapter)
     left_out = [name for name, wanted in (("loss", loss), ("kl", kl)) if not wanted]
     used = path
@@ -91,7 +93,7 @@ def measure(
             notes.note_run(measured, clean, clean_again, edits, members)
             bar.update(len(members))
         cells = [cell for cell in cells if not _changes_nothing(cell)]
-        for chunk in _chunks(cells, batch_size or _row_budget(adapter, len(ids))):
+        for chunk in _chunks(cells, batch_size or rows_of[name]):
             runs = run_edited(model, clean, [edits for edits, _ in chunk], loss=loss, kl=kl, path=path)
             for run, (edits, members) in zip(runs, chunk, strict=True):
                 notes.note_run(measured, clean, run, edits, members)
@@ -171,13 +173,15 @@ def _check_options(
     batch_size: int | None = None,
     path: str = "auto",
     outcomes=None,
+    memory: float | None = None,
     **_,
 ) -> None:
     as_outcomes(outcomes)
     check_min_queries(min_queries)
     resolve_path(adapter, path)
+    check_memory(memory)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size = {batch_size}: at least 1, or None to choose by memory.")
+        raise InputError(f"batch_size = {batch_size}: at least 1, or None to let memory decide.")
 
 
 def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
@@ -234,9 +238,17 @@ def _chunks(cells: list, size: int):
         yield chunk
 
 
-def _row_budget(adapter: Adapter, n_positions: int) -> int:
-    width = 6 * adapter.cfg.d_model + 3 * (adapter.cfg.d_mlp or 4 * adapter.cfg.d_model)
-    return max(1, ROW_FLOATS // (n_positions * width))
+def _rows_per_batch(
+    adapter: Adapter, tokens: Tokens, table: pd.DataFrame, path: str, memory: float | None, logits: bool = False
+) -> dict[str, int]:
+    """Edited rows per batch of every prompt with sinks. Raises InputError for one that does not fit the memory."""
+    rows = {}
+    for prompt, own in table.groupby("prompt", sort=False):
+        n = len(tokens.ids[tokens.names.index(prompt)])
+        n_chosen = len({*own["pos"], *own["primary_pos"]})
+        need = need_of(adapter, n, n_chosen=n_chosen, path=resolve_path(adapter, path), logits=logits)
+        rows[prompt] = rows_within(memory, adapter, need, n)
+    return rows
 
 
 def _several(values) -> tuple:
@@ -284,7 +296,11 @@ def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Seri
     layers_of = None if waits else resolve_layers(model, layer, layers, forming)
     _check_options(adapter, **options)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
-    shared = {name: options[name] for name in ("clean_cache", "path", "verbose", "attention_mask") if name in options}
+    shared = {
+        name: options[name]
+        for name in ("clean_cache", "path", "verbose", "attention_mask", "memory")
+        if name in options
+    }
     sinks = find_sinks(model, given, **shared) if sinks is None else sinks
     table = _check_sinks(sinks, tokens)
     if layer == "forming" and forming is not None and len(forming) != len(sinks):

@@ -25,7 +25,7 @@ from sink_circuits.experiments import (
     _chunks,
     _name,
     _prepare,
-    _row_budget,
+    _rows_per_batch,
     _several,
 )
 from sink_circuits.groups import KeyGroups
@@ -164,8 +164,8 @@ def mass_account(
 
 def measure_mass(
     model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, others: Sinks | None = None, min_queries: int = MIN_QUERIES,
-    batch_size: int | None = None, attention_mask=None, clean_cache=None, path: str = "auto", verbose: bool = True,
-    settings: Mapping | None = None,
+    batch_size: int | None = None, memory: float | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
+    verbose: bool = True, settings: Mapping | None = None,
 ) -> MassAccount:  # fmt: skip
     """Mass accounts of any edits: `edits_of(label, row of the sink table)`, one sink per run; labels name the axis `edit`.
 
@@ -173,7 +173,7 @@ def measure_mass(
     made and checked before the first forward pass. Raises InputError.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path)
+    _check_options(adapter, min_queries, batch_size, path, memory=memory)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
     known = table if others is None else pd.concat([table, others.table], ignore_index=True)
@@ -181,6 +181,7 @@ def measure_mass(
     for prompt, cells in zip(table["prompt"], plan, strict=True):
         for edit in (edit for cell in cells for edit in cell):
             edit.check(adapter.n_layers, len(tokens.ids[tokens.names.index(prompt)]))
+    rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
     shape = (adapter.n_layers, adapter.n_heads, len(GROUPS))
     clean_mass = np.full((len(table), *shape), np.nan, dtype=np.float32)
     mass = np.full((len(table), len(labels), *shape), np.nan, dtype=np.float32)
@@ -211,7 +212,7 @@ def measure_mass(
         treated = [(plan[sink][label], (int(sink), label)) for sink in rows for label in range(len(labels))]
         treated = [(edits, at) for edits, at in treated if not all(edit.changes_nothing for edit in edits)]
         treated.sort(key=lambda cell: (first_edit(cell[0]), cell[1]))
-        for chunk in _chunks(treated, batch_size or _row_budget(adapter, len(ids))):
+        for chunk in _chunks(treated, batch_size or rows_of[prompt]):
             asked = [[groups[sink]] for _, (sink, _) in chunk]
             runs = run_edited(model, clean, [edits for edits, _ in chunk], groups=asked, path=path)
             for run, (_, (sink, label)) in zip(runs, chunk, strict=True):

@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 from sink_circuits import statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import _name, _prepare, _row_budget, _several, measure
+from sink_circuits.experiments import _name, _prepare, _rows_per_batch, _several, measure
 from sink_circuits.holds import Hold
 from sink_circuits.interventions import Contribution, Edit, custom, zero
-from sink_circuits.models import Adapter, adapt
+from sink_circuits.models import adapt
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import CleanRun, EditedRun, run_clean, run_edited
@@ -189,7 +189,7 @@ def path_effects(
     return measure_paths(model, tokens, sinks, edits_of, holds=holds, settings=settings, **options)
 
 
-OPTIONS = ("min_queries", "batch_size", "attention_mask", "clean_cache", "path", "verbose")
+OPTIONS = ("min_queries", "batch_size", "memory", "attention_mask", "clean_cache", "path", "verbose")
 """Options of `measure` that paths and mass accounts take too."""
 
 
@@ -214,8 +214,8 @@ def edits_at(
 
 def measure_paths(
     model, tokens, sinks: Sinks, edits_of: Callable[[pd.Series], Sequence[Edit]], *, holds: Sequence[Hold] = HOLDS,
-    min_queries: int = MIN_QUERIES, batch_size: int | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
-    verbose: bool = True, settings: Mapping | None = None,
+    min_queries: int = MIN_QUERIES, batch_size: int | None = None, memory: float | None = None, attention_mask=None,
+    clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
 ) -> PathEffect:  # fmt: skip
     """`path_effects` of any edits: `edits_of(row of the sink table)` are those of that sink's run.
 
@@ -239,11 +239,12 @@ def measure_paths(
         return own
 
     total = measure(
-        model, given, sinks, ["total"], edits, what="paths", min_queries=min_queries, batch_size=batch_size, path=path,
+        model, given, sinks, ["total"], edits, what="paths", min_queries=min_queries, batch_size=batch_size, memory=memory, path=path,
         attention_mask=attention_mask, clean_cache=clean_cache, verbose=False,
         settings={**(settings or {}), "holds": [hold.label for hold in holds], "norm_scales": NORM_SCALES},
     )  # fmt: skip
     table = total.table
+    rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
     values = {name: np.repeat(total.data[name].to_numpy(), len(runs), axis=1) for name in OUTCOMES}
     held_runs = [(index, held) for index, held in enumerate(runs.values()) if held]
     bar = tqdm(total=len(table) * len(held_runs), desc="paths", unit="run", disable=not verbose)
@@ -260,7 +261,7 @@ def measure_paths(
                 for name in OUTCOMES:
                     values[name][sink] = total.data[f"clean_{name}"].to_numpy()[sink]
             else:
-                for run, made in _held_runs(model, adapter, clean, own, held_runs, batch_size, path):
+                for run, made in _held_runs(model, clean, own, held_runs, batch_size or rows_of[prompt], path):
                     column = made.columns.chosen.index(int(row.pos))
                     for name, of_columns in OUTCOMES.items():
                         found = of_columns(made.columns, adapter.windows, min_queries)[..., column]
@@ -297,11 +298,8 @@ def _changes_nothing(edits: Sequence[Edit], clean: CleanRun) -> bool:
     return all(edit.changes_nothing or torch.equal(edit.apply(own.clone()), own) for edit, own in here)
 
 
-def _held_runs(
-    model, adapter: Adapter, clean: CleanRun, edits: tuple[Edit, ...], held_runs, batch_size: int | None, path: str
-):
+def _held_runs(model, clean: CleanRun, edits: tuple[Edit, ...], held_runs, size: int, path: str):
     """(index of the run, the run) for all runs in which something is held."""
-    size = batch_size or _row_budget(adapter, clean.n_positions)
     for start in range(0, len(held_runs), size):
         chunk = held_runs[start : start + size]
         made: list[EditedRun] = run_edited(model, clean, [(*edits, *held) for _, held in chunk], path=path)

@@ -73,7 +73,9 @@ class Study:
     of (clean, edited, sink), likewise (see `own_function`). `loss`, `kl`: the next-token loss, the KL divergence too.
     `min_queries`: later queries that a score needs; `thresholds` of detection by name (see `detection.Thresholds`).
     `layers_per_cell`: layers (or joint sets) of one prompt in one unit of work. `threads`: torch threads of a worker,
-    part of the study because the last bits depend on it. `path` as in `run_clean`. Raises InputError.
+    part of the study because the last bits depend on it. `memory`: GiB that each worker may use beside the model (None: what
+    is free there); it decides how many runs share a batch, and may be changed between two calls. `path` as in `run_clean`.
+    Raises InputError.
     """
 
     models: tuple[str, ...]
@@ -92,6 +94,7 @@ class Study:
     device: str = "cpu"
     path: str = "auto"
     threads: int = 1
+    memory: float | None = None
     seed: str = "study"
 
     def __post_init__(self):
@@ -117,6 +120,8 @@ class Study:
             _number(self.sinks_per_prompt, "sinks_per_prompt", int, low=1)
         for name in ("min_queries", "layers_per_cell", "threads"):
             _number(getattr(self, name), name, int, low=1)
+        if self.memory is not None and _number(self.memory, "memory", float) <= 0:
+            raise InputError(f"memory = {self.memory}: give GiB, more than 0, or leave it out for what is free.")
         _flag(self.loss, "loss")
         _flag(self.kl, "kl")
         _one_of(self.path, "path", ("auto", "fast", "reference"))

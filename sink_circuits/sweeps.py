@@ -39,10 +39,12 @@ from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError, SinkCircuitsError
 from sink_circuits.experiments import Effect, dosed, layer_map, measure
 from sink_circuits.interventions import Edit
+from sink_circuits.memory import need_of, rows_within
 from sink_circuits.models import adapt, load_model
 from sink_circuits.outcomes import Outcome, as_outcomes
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens
 from sink_circuits.results import FORMAT, Manifest, check_target, write_whole
+from sink_circuits.runs import resolve_path
 from sink_circuits.studies import Study, fingerprint, own_function
 from sink_circuits.sweep_results import (
     FAILURES,
@@ -68,7 +70,8 @@ POLL = 0.1
 class Cell:
     """One unit of work. `layers`: joint sets, each edited in runs of its own; None: each sink's forming layer.
 
-    `source` is where a worker loads `model` from; it and nothing else is left out of the `name`.
+    `source` is where a worker loads `model` from, `memory` what it may use (GiB beside the model): they and nothing else are
+    left out of the `name`.
     """
 
     model: str
@@ -78,6 +81,7 @@ class Cell:
     ids: tuple[int, ...]
     layers: tuple[tuple[int, ...], ...] | None
     settings: Mapping[str, Any]
+    memory: float | None = None
 
     @property
     def content(self) -> dict[str, Any]:
@@ -112,6 +116,7 @@ class Question:
     max_tokens: int | None
     chat: bool
     settings: Mapping[str, Any]
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def cells_of(study: Study, question: Question, facts: Facts) -> list[Cell]:
         n_chunks = -(-len(groups) // study.layers_per_cell)
         chunks = [tuple(groups[i::n_chunks]) for i in range(n_chunks)]
     return [
-        Cell(question.model, question.source, facts.weights, name, ids, chunk, question.settings)
+        Cell(question.model, question.source, facts.weights, name, ids, chunk, question.settings, question.memory)
         for (name, _), ids in zip(question.prompts, facts.ids, strict=True)
         for chunk in chunks
     ]
@@ -226,7 +231,11 @@ def ask(question: Question) -> Answer:
         else:
             rows = tuple(torch.tensor(ids[: question.max_tokens]) for _, ids in question.prompts)
             tokens = as_tokens(model, Tokens(rows, tuple(name for name, _ in question.prompts)))
-        return Facts(adapt(model).weights_hash, model.cfg.n_layers, tuple(tuple(ids.tolist()) for ids in tokens))
+        longest, settings = max(map(len, tokens)), question.settings
+        path = resolve_path(adapter := adapt(model), settings["path"])
+        need = need_of(adapter, longest, n_chosen=2, path=path, logits=settings["loss"] or settings["kl"])
+        rows_within(question.memory, adapter, need, longest)  # what cannot fit is said before any cell is begun
+        return Facts(adapter.weights_hash, model.cfg.n_layers, tuple(tuple(ids.tolist()) for ids in tokens))
 
     return _caught(answer, question.settings["threads"])
 
@@ -279,7 +288,9 @@ def measured(model, cell: Cell) -> Effect:
     """The cell's runs as an `Effect` of kind "sweep"; without sinks in the prompt it has an empty table and no data."""
     settings, edits = cell.settings, cell.edits
     tokens = as_tokens(model, Tokens((torch.tensor(cell.ids),), (cell.prompt,)))
-    found = find_sinks(model, tokens, path=settings["path"], verbose=False, **settings["thresholds"])
+    found = find_sinks(
+        model, tokens, path=settings["path"], memory=cell.memory, verbose=False, **settings["thresholds"]
+    )
     sinks = drawn(found, settings["kinds"], settings["sinks_per_prompt"], settings["seed"])
     own = {
         "cell": cell.name, "content": cell.content,
@@ -291,7 +302,9 @@ def measured(model, cell: Cell) -> Effect:
     if not len(sinks):
         manifest = Manifest.of(adapt(model), tokens, what="sweep", path=found.manifest.path, **own)
         return Effect("sweep", xr.Dataset(), sinks.table, manifest)
-    options = {"path": settings["path"], "min_queries": settings["min_queries"], "verbose": False}
+    options = {
+        "path": settings["path"], "min_queries": settings["min_queries"], "memory": cell.memory, "verbose": False
+    }  # fmt: skip
     forming = None
     if cell.layers is None:
         forming = (
@@ -491,7 +504,8 @@ def _claimed(folder: Path, record: Mapping) -> Iterator[None]:
 
 def _check_same(folder: Path, held: Mapping, record: Mapping) -> None:
     other = held.get("study", {})
-    changed = [name for name in record["study"] if other.get(name) != record["study"][name]]
+    # A sweep may go on with more memory, or less.
+    changed = [name for name in record["study"] if name != "memory" and other.get(name) != record["study"][name]]
     if held.get("format") != record["format"]:
         changed.append("the file format")
     if not changed and held.get("prompts") != record["prompts"]:
@@ -505,7 +519,9 @@ def _check_same(folder: Path, held: Mapping, record: Mapping) -> None:
 def _planned(study: Study, prompts: tuple, settings: Mapping[str, Any], submitter) -> list[Cell]:
     """All cells, model by model, so that a worker changes its model as seldom as can be. Raises what `sweep` raises."""
     texts = study.prompts
-    questions = [Question(m, _source(m), prompts, texts.max_tokens, texts.chat, settings) for m in study.models]
+    questions = [
+        Question(m, _source(m), prompts, texts.max_tokens, texts.chat, settings, study.memory) for m in study.models
+    ]
     facts: dict[str, Facts] = {}
     for question, outcome in _answers(submitter, ask, questions[::-1]):  # the first model last: it is held already
         if outcome.cause is not None:

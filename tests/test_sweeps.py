@@ -156,6 +156,8 @@ def test_the_example_is_a_study_of_both_bundled_models():
         ({"layers_per_cell": 0}, "layers_per_cell = 0: at least 1"),
         ({"threads": 1.0}, "threads = 1.0: give a whole number"),
         ({"min_queries": 0}, "min_queries = 0: at least 1"),
+        ({"memory": 0}, "memory = 0: give GiB, more than 0"),
+        ({"memory": "2"}, "memory = '2': give a finite number"),
         ({"loss": "yes"}, "loss = 'yes': give true or false"),
         ({"kl": 1}, "kl = 1: give true or false"),
         ({"interventions": []}, "interventions is empty"),
@@ -255,7 +257,7 @@ def test_a_cell_is_named_by_its_content():
     }  # fmt: skip
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert one.name == hashlib.sha256(text.encode()).hexdigest()[:32]
-    assert cell(source="/there/m").name == one.name
+    assert cell(source="/there/m").name == cell(memory=2.0).name == one.name
     others = [
         cell(model="n"), cell(weights="abd"), cell(prompt="q"), cell(ids=(0, 6)), cell(layers=((3,),)), cell(layers=None),
         *(cell(settings=sweeps.shared_settings(Study(("m",), **changed))) for changed in (
@@ -634,6 +636,13 @@ def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch):
     assert contents(tmp_path / "notes") == {"a.txt": b"mine"}
 
 
+def test_a_sweep_goes_on_with_another_memory(tmp_path, monkeypatch):
+    folder = copied(tmp_path / "s")
+    with counted(monkeypatch) as calls:
+        assert sweep(study(memory=2.0), folder, verbose=False).complete
+    assert not calls
+
+
 def test_changed_prompts_or_weights_are_refused(tmp_path):
     write_tokens(tmp_path / "ids.jsonl", SINKS)
     shutil.copytree(place() / "planted", tmp_path / "model")
@@ -656,6 +665,8 @@ def test_what_does_not_fit_a_model_is_known_before_any_cell(tmp_path, monkeypatc
             sweep(study(models=[str(place() / "planted"), "nowhere"]), tmp_path / "b", verbose=False)
         with pytest.raises(ModelError, match="this model has no tokenizer"):
             sweep(study(prompts={"source": "maths", "n": 1}), tmp_path / "c", verbose=False)
+        with pytest.raises(ModelError, match=r"planted: a text of .* tokens needs about .* GiB are allowed by memory="):
+            sweep(study(memory=1e-5), tmp_path / "e", verbose=False)
         with pytest.raises(InputError, match="has no `submit`"):
             sweep(study(), tmp_path / "d", executor=3, verbose=False)
     assert not calls
