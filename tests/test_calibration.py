@@ -20,11 +20,12 @@ from sink_circuits.calibration import (
     judge_plant,
     subject_of,
 )
-from sink_circuits.calibration.causes import judge_attention_decoy, judge_joint_ablation, judge_layers
+from sink_circuits.calibration.causes import judge_attention_decoy, judge_joint_ablation, judge_layers, judge_writers
 from sink_circuits.calibration.finding import judge_detection, judge_nothing_found
 from sink_circuits.calibration.populations import SAMPLE_SIZES, judge_population
 from sink_circuits.calibration.subjects import N_PROMPTS
 from sink_circuits.errors import InputError
+from sink_circuits.planted import draw
 
 torch.set_num_threads(1)
 
@@ -104,6 +105,24 @@ def test_every_judge_says_no_to_a_falsified_truth(name, instrument, change):
     assert answers
     assert any(answer.right < answer.of for answer in answers)
     assert all(answer.detail for answer in answers if answer.right < answer.of)
+
+
+def test_a_model_whose_heads_look_three_percent_harder_is_told_from_the_plant():
+    """What noise in the keys does to the planted logit, up to a seventh, the plain forward pass knows: no room is left for it."""
+    plant = subject().plant
+    logits = tuple((head, 1.03 * logit) for head, logit in plant.recipe.sink_logits)
+    other = draw._plant(dataclasses.replace(plant.recipe, sink_logits=logits))
+    answers = judge_joint_ablation(dataclasses.replace(subject(), model=other.bridge()))
+    assert [a.right for a in answers if a.instrument == "joint ablation"] == [0] * len(plant.truth.sinks)
+    assert all(a.right for a in answers if a.instrument == "heads")
+
+
+@pytest.mark.parametrize(("name", "variant"), [("2/44", "gpt2"), ("2/86", "gpt2")])
+def test_writes_that_are_taken_out_again_still_add_up(name, variant):
+    """A primary of norm 300 to 400 is erased: its rounding stays, and is much beside what is left."""
+    judged = judge_plant(name, variant, judges=(judge_writers,))
+    assert not wrong(judged)
+    assert {"writer: named", "eraser: named"} <= {a.instrument for a in judged.answers}
 
 
 def test_sinks_in_a_null_plant_would_be_seen():

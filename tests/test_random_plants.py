@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sink_circuits import planted
-from sink_circuits.planted.closed_form import dose_curve, drawn_logits, key_share, primary_norms
+from sink_circuits.planted.closed_form import dose_curve, drawn_logits, key_share, primary_norms, standing
 from sink_circuits.planted.draw import random_recipe
 
 torch.set_num_threads(1)
@@ -279,6 +279,27 @@ def test_closed_forms():
     rest = math.hypot(subject.truth.ordinary_norms[4], 3.0)
     assert curve[1].item() == pytest.approx(1 - 25 / math.hypot(25, rest) * math.hypot(50, rest) / 50)
     assert curve[3].item() == pytest.approx(1 - math.hypot(50, rest) / 50)
+
+
+def test_queries_at_massive_tokens_read_little_and_the_closed_form_knows_them():
+    """Without noise the closed form is exact: the primary of a plant with half-formed chains and a decoy among its queries."""
+    subject = planted.random_plant("2/79", variant="mistral", noise=0.0)
+    chain, decoy = subject.truth.sinks[2], subject.truth.decoys[0]
+    assert (chain.redundancy, decoy.kind) == ("chain", "opposite")
+    assert standing(subject, chain.token, chain.l_start) == pytest.approx(subject.recipe.writes[2].norm)
+    assert standing(subject, chain.token, chain.l_start + 1) == pytest.approx(chain.norm)
+    assert standing(subject, chain.token, chain.eraser + 1) == 0
+    assert standing(subject, decoy.token, decoy.layer) == 0 < 45 < standing(subject, decoy.token, decoy.layer + 1)
+    tokens = subject.prompt("x")
+    tokens[5:13], tokens[20:26] = chain.token, decoy.token
+    primary = subject.truth.sink("primary")
+    clean_run, without = forward(subject, tokens), forward(subject, tokens, dict.fromkeys(primary.forming, 0))
+    layer, later = primary.l_start + 1, slice(1, subject.window(0))
+    odds = [torch.logit(one.pattern[layer, :, later, 0], eps=1e-12).mean(-1) for one in (clean_run, without)]
+    fall = odds[0] - odds[1]
+    for head, drawn in drawn_logits(subject, tokens, 0, primary).items():
+        assert fall[head].item() == pytest.approx(drawn, rel=0.05)
+        assert fall[head].item() < 0.85 * dict(subject.truth.sink_logits)[head]  # what the massive queries do not give
 
 
 @pytest.mark.parametrize("phases", ["one", "apart", "fall"])

@@ -44,7 +44,7 @@ class Writers(Anatomy):
     attn" (where heads cannot be told apart), "L3 mlp"; `component_layer` (-1 for embed) and `part` (index into `PARTS`)
     [component]. They add up: the sum over components of layers <= l is `resid` [sink, direction, layer], resid_post . u; likewise
     `ordinary_resid`. `agreement` [sink, direction, layer]: cosine of u with the layer's own primary direction. `error`
-    [sink]: largest relative error of the sum.
+    [sink]: largest error of the sum, relative to the largest value added so far.
     """
 
     kind: ClassVar[str] = "writers"
@@ -125,8 +125,8 @@ def writers(model, tokens, sinks: Sinks, *, attention_mask=None, verbose: bool =
 
     These are direct writes (the decomposition of direct logit attribution, Elhage et al. 2021, along another direction);
     what made a head or MLP write them is no part of it, and a large write need not be one that the sink hangs on. Raises
-    ModelError when the components do not add up to the whole residual stream within the dtype's tolerance (2e-4 of its
-    largest value in float32).
+    ModelError when the components do not add up to the whole residual stream within the dtype's tolerance (2e-4 of the
+    largest value added so far in float32).
     """
     tokens, table = prepare(model, tokens, sinks, attention_mask)
     layers = range(adapt(model).n_layers)
@@ -187,12 +187,17 @@ def _directions(clean: CleanRun, row) -> Float[Tensor, "3 d_model"]:
 
 
 def _check_sum(clean: CleanRun, kept: dict, layers: range) -> float:
-    """The largest relative error of embed + attention + MLPs against resid_post. Raises ModelError above the tolerance."""
+    """The largest error of embed + attention + MLPs against resid_post. Raises ModelError above the tolerance.
+
+    Relative to the largest value added so far: where a massive write is taken out again, its rounding stays in what is left.
+    """
     total, error = kept["blocks.0.hook_resid_pre"].clone(), 0.0
+    largest = total.abs().max().item()
     for layer in layers:
-        total = total + kept[f"blocks.{layer}.hook_attn_out"] + kept[f"blocks.{layer}.hook_mlp_out"]
+        for part in (kept[f"blocks.{layer}.hook_attn_out"], kept[f"blocks.{layer}.hook_mlp_out"]):
+            total, largest = total + part, max(largest, part.abs().max().item())
         what = f"embedding, attention and MLPs up to layer {layer} do not add up to the residual stream"
-        error = max(error, check_equal(total, clean.resid_post(layer), what, total.dtype))
+        error = max(error, check_equal(total, clean.resid_post(layer), what, total.dtype, largest))
     return error
 
 

@@ -192,10 +192,13 @@ def linear_gains(norm, x: Float[Tensor, "pos d_model"]) -> tuple[Float[Tensor, "
     return scale, per_coordinate
 
 
-def check_equal(found: Tensor, expected: Tensor, what: str, dtype: torch.dtype) -> float:
-    """The largest error relative to the largest expected value; ModelError when it is above the dtype's tolerance."""
+def check_equal(found: Tensor, expected: Tensor, what: str, dtype: torch.dtype, largest: float = 0.0) -> float:
+    """The largest error relative to the largest expected value, or to `largest` where that is more; ModelError when it is
+    above the dtype's tolerance."""
     limit = TOLERANCES.get(dtype, 2e-4)
-    error = relative_error(found, expected)
+    error, size = relative_error(found, expected), expected.abs().max().item()
+    if largest > size:
+        error *= size / largest
     if error > limit:
         raise ModelError(
             f"{what} (error {error:.2g}, at most {limit:.2g} is accepted): this part of the anatomy is not known for this architecture."

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import anatomy, statistics
+from sink_circuits.calibration.plain import LEFT, PLAIN_TOLERANCE, Silenced, plain_falls
 from sink_circuits.calibration.subjects import (
-    CLOSED_FORM_TOLERANCE,
     NOTHING,
     Answer,
     Row,
@@ -33,10 +33,15 @@ ROWS = (
     Row("layer map: stand-ins", "the largest fall is at one of the MLPs that stand in for each other"),
     Row("layer map: no MLP", "no MLP is to blame for a sink that stands in the embedding"),
     Row("layer map: attention decoy", "no MLP is to blame for attention that comes from the embedding"),
-    Row("joint ablation", "removing all forming MLPs ends the sink and takes the whole planted logit"),
+    Row(
+        "joint ablation",
+        "removing all forming MLPs ends the sink: log-odds fall as in a plain forward pass that leaves nothing",
+    ),
     Row("heads", "the heads whose log-odds fall are those planted"),
     Row("dose curve", "the closed form, in the first layer that reads the sink"),
-    Row("neurons: removed", "the planted neurons take everything, as many others nothing"),
+    Row(
+        "neurons: removed", "the planted neurons take everything, as a plain forward pass says; as many others nothing"
+    ),
     Row("neurons: named", "the neurons with the largest writes are those planted"),
     Row("eraser: prolonged", "the MLP whose removal prolongs a secondary is its planted eraser, and no other"),
     Row("eraser: named", "the component with the most negative write is the planted eraser"),
@@ -113,21 +118,28 @@ def judge_attention_decoy(subject: Subject) -> list[Answer]:
 
 
 def judge_joint_ablation(subject: Subject) -> list[Answer]:
-    """Joint removal ends the sink by geometry, and in every sink head takes the logit that was planted."""
+    """Joint removal ends the sink by geometry, and log-odds fall, head by head, as in a plain forward pass in which nothing is
+    left along the planted direction."""
     answers = []
     for sink, table in each_life(subject):
         effect = ablate(subject.model, subject.tokens, table, layers=sink.forming, verbose=False)
         falls, expected = first_effects(effect, sink), logits_of(subject, table, sink)
         heads = sorted(expected)
-        ratio = [-falls[head] / expected[head] for head in heads]
-        life = effect.data["lifetime"].to_numpy().item()
-        whole = life == 0 and all(abs(one - 1) < CLOSED_FORM_TOLERANCE for one in ratio)
-        answers.append(
-            answer("joint ablation", whole, f"{sink.kind} {sink.forming}: lives {life:.0f}, share {np.round(ratio, 3)}")
-        )
+        pos, life = int(table.table["pos"].iloc[0]), effect.data["lifetime"].to_numpy().item()
+        error, left = _against_plain(subject, sink, pos, falls, [Silenced(0, layer, pos) for layer in sink.forming])
+        detail = f"{sink.kind} {sink.forming}: lives {life:.0f}, error {error:.2g}, left {left:.2g}"
+        answers.append(answer("joint ablation", life == 0 and error < PLAIN_TOLERANCE and abs(left) < LEFT, detail))
         fallen = [head for head, fall in enumerate(falls) if fall < -0.25 * min(expected.values())]
         answers.append(answer("heads", fallen == heads, f"{sink.kind}: {fallen} for {heads}, falls {falls.round(2)}"))
     return answers
+
+
+def _against_plain(
+    subject: Subject, sink: Sink, pos: int, falls: np.ndarray, silenced: Sequence[Silenced]
+) -> tuple[float, float]:
+    """(largest error of the falls, in nats; share of the sink that is left) against a plain forward pass."""
+    expected, left = plain_falls(subject.plant, subject.tokens.ids[0], pos, sink, silenced)
+    return float(np.abs(falls - expected).max()), left
 
 
 def judge_dose(subject: Subject) -> list[Answer]:
@@ -165,8 +177,10 @@ def judge_neurons(subject: Subject) -> list[Answer]:
             -first_effects(effect, sink, i)[sorted(drawn)].mean() / np.mean(list(drawn.values()))
             for i in range(len(sets))
         ]
-        right = abs(falls[0] - 1) < CLOSED_FORM_TOLERANCE and all(abs(fall) < NOTHING for fall in falls[1:])
-        answers.append(answer("neurons: removed", right, f"{sink.kind} L{layer} {own}: shares {np.round(falls, 3)}"))
+        error, left = _against_plain(subject, sink, pos, first_effects(effect, sink), [Silenced(0, layer, pos, own)])
+        right = error < PLAIN_TOLERANCE and abs(left) < LEFT and all(abs(fall) < NOTHING for fall in falls[1:])
+        detail = f"{sink.kind} L{layer} {own}: shares {np.round(falls, 3)}, error {error:.2g}, left {left:.2g}"
+        answers.append(answer("neurons: removed", right, detail))
         named = anatomy.neurons(subject.model, subject.tokens, table, layer=layer, verbose=False).named(0, n=len(own))
         answers.append(answer("neurons: named", set(named) == set(own), f"{sink.kind} L{layer} {own}: {named}"))
     return answers

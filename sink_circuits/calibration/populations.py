@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import statistics
+from sink_circuits.calibration.plain import PLAIN_TOLERANCE, plain_effects
 from sink_circuits.calibration.subjects import LEVEL, Answer, Row, Subject, answer
 from sink_circuits.experiments import Effect, dose_response, layer_map, measure
 from sink_circuits.interventions import Edit, zero
-from sink_circuits.planted import Plant, Sink
 
 N_POOL, N_POWER, N_NULL = 16, 8, 10
 """Prompts of the population that intervals are to cover; those with controls; those of a null test."""
 SAMPLES, SAMPLE_SIZES = 8, (10, 20)
 """Samples drawn from one population, of each size."""
 ALPHAS = (0.01, 0.05, 0.1)
-PLAIN_TOLERANCE = 2e-3
-"""Nats, between the package's effects and a plain Hugging Face forward pass with a hook (float32)."""
 NULL_FACTORS = (0.0, 1.0, 2.0)
 
 ROWS = (
@@ -77,48 +72,6 @@ def judge_population(subject: Subject) -> list[Answer]:
         effects[:N_POWER], effects[N_POOL:], pool.names[:N_POWER], name=subject.name
     )
     return [*answers, answer("power", against.test.p <= 0.05, f"p = {against.test.p:.3g}")]
-
-
-@torch.no_grad()
-def plain_effects(
-    plant: Plant, texts: Sequence[Tensor], treated: Sequence[tuple[int, Sink]]
-) -> Float[np.ndarray, " prompt"]:
-    """Effect on log-odds of zeroing the forming MLPs at one position of each text, over its life: eager attention, one hook
-    per block, nothing of this package's measuring."""
-    batch = torch.stack(list(texts))
-    patterns = []
-    for edited in (False, True):
-        handles = []
-        for layer, block in enumerate(plant.architecture.layers(plant.hf_model)):
-            rows = [(row, pos) for row, (pos, sink) in enumerate(treated) if edited and layer in sink.forming]
-            handles.append(plant.architecture.contribution_module(block).register_forward_hook(_zeroed(rows)))
-        patterns.append([a.double() for a in plant.hf_model(batch, output_attentions=True).attentions])
-        for handle in handles:
-            handle.remove()
-    effects = []
-    for row, (pos, sink) in enumerate(treated):
-        layers = range(max(sink.l_start, min(sink.forming)) + 1, min(sink.l_end + 2, len(patterns[0])))
-        clean, after = (
-            np.mean([_log_odds(p[layer][row], pos, plant.window(layer)) for layer in layers]) for p in patterns
-        )
-        effects.append(after - clean)
-    return np.array(effects)
-
-
-def _zeroed(rows: Sequence[tuple[int, int]]):
-    def hook(module, args, out):
-        out = out.clone()
-        for row, pos in rows:
-            out[row, pos] = 0
-        return out
-
-    return hook
-
-
-def _log_odds(pattern: Float[Tensor, "head query key"], pos: int, window: int | None) -> float:
-    later = pattern[:, pos + 1 : None if window is None else pos + window]
-    own = later[..., pos]
-    return (own.log() - (later.sum(-1) - own).log()).mean().item()
 
 
 def _ordinary(subject: Subject, ids: Tensor, rng: np.random.Generator, n: int) -> list[int]:

@@ -22,8 +22,6 @@ LEVEL = 0.95
 """Of all intervals."""
 NOTHING = 0.1
 """An effect smaller than this share of what the sink draws is none."""
-CLOSED_FORM_TOLERANCE = 0.2
-"""Of the drawn logit, relative: keys hold noise beside the sink direction, up to 0.14 of it where it is loud."""
 
 
 @dataclass(frozen=True)

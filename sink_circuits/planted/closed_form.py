@@ -24,19 +24,30 @@ def rest_norm(plant: Plant, layer: int) -> float:
     return math.hypot(plant.truth.ordinary_norms[layer], FEATURE_NORM)
 
 
+def standing(plant: Plant, token: int, layer: int) -> float:
+    """Norm of what is planted at a kind of token, over all features but its own, in front of block `layer`."""
+    amounts = {"sink": dict(plant.recipe.embedded).get(token, 0.0)}
+    for write in plant.recipe.writes:
+        if write.token == token and write.layer < layer:
+            amounts[write.feature] = (
+                write.leave if write.role == "erase" else amounts.get(write.feature, 0.0) + write.norm
+            )
+    return math.hypot(*amounts.values())
+
+
 def drawn_logits(plant: Plant, tokens: Tensor, pos: int, sink: Sink) -> dict[int, float]:
     """Mean attention logit, by sink head, that the sink at `pos` draws from the later queries in layer l_start + 1.
 
     logit * key share * mean query share. Queries read the shared direction: an ordinary one has all but the noise's part of
-    it, one that is in sink state itself nearly none (all have it where queries are normalised).
+    it, one at which something massive stands, a sink or a decoy, nearly none (all have it where queries are normalised).
+    Keys hold noise beside the sink direction, of which nothing is said here.
     """
     layer, window = sink.l_start + 1, plant.window(sink.l_start + 1)
     rest = rest_norm(plant, layer)
     queries = torch.arange(pos + 1, len(tokens) if window is None else min(len(tokens), pos + window))
     shares = torch.full((len(tokens),), SHARED_NORM / plant.truth.ordinary_norms[layer], dtype=torch.float64)
-    for other, life in plant.truth.lives(tokens):
-        if life.l_start < layer <= life.l_end + 1:
-            shares[other] = SHARED_NORM / math.hypot(life.norm, rest)
+    for token in range(plant.recipe.n_special):
+        shares[tokens == token] = SHARED_NORM / math.hypot(standing(plant, token, layer), rest)
     if plant.architecture.qk_norm:
         shares[:] = 1.0
     mean = key_share(sink.norm, rest) * shares[queries].mean().item()
