@@ -29,6 +29,7 @@ from sink_circuits.figures.look import (
     finish,
     interval_trace,
     layer_ticks,
+    model_of,
     nones,
     safe,
     sink_name,
@@ -194,7 +195,7 @@ def norms_by_layer_figure(result) -> go.Figure:
     figure.update_yaxes(type="log", tickformat="~s", dtick=1, row=3, col=1)
     figure.update_xaxes(showticklabels=True, **layer_ticks(layers))
     figure.update_xaxes(title_text="layer", row=3, col=1)
-    text = f"{_model(result)}, {_prompts(result.table)}: a line for each sink, and for each prompt the mean of its ordinary tokens."
+    text = f"{model_of(result)}, {_prompts(result.table)}: a line for each sink, and for each prompt the mean of its ordinary tokens."
     return _finished(figure, "Norms of keys, values and hidden states", text, height=760, bottom=56)
 
 
@@ -289,7 +290,7 @@ def pca_figure(result) -> go.Figure:
     figure.update_yaxes(title_text="cosine", range=[-1.05, 1.05], row=2, col=1)
     n = int(result.table["is_sink"].sum())
     text = (
-        f"{_model(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} sinks and "
+        f"{model_of(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} sinks and "
         f"{len(result.table) - n} same-token non-sinks (share of variance); positive: the sinks' side. alpha * pc replaces the normed "
         "input. Dotted: the inputs' mean norm."
     )
@@ -321,7 +322,7 @@ def clustering_figure(result) -> go.Figure:
     figure.update_xaxes(showticklabels=False)
     figure.update_yaxes(showticklabels=False)
     text = (
-        f"{_model(result)}: {int(is_sink.sum())} sinks and as many tokens of the same ids where they are no sinks, in "
+        f"{model_of(result)}: {int(is_sink.sum())} sinks and as many tokens of the same ids where they are no sinks, in "
         f"{_prompts(result.table)}; two principal components. p: labels permuted within token ids, at least "
         f"{float(result.data['smallest_p'].max()):.2g}; silhouettes are of the whole space."
     )
@@ -357,7 +358,7 @@ def matrix_entropy_figure(result) -> go.Figure:
     figure.update_yaxes(title_text="entropy (nats)", rangemode="tozero")
     n = result.data.sizes["prompt"]
     text = (
-        f"{_model(result)}, mean over {n} prompt{'s' * (n != 1)}. Spectrum of the Gram matrix of the first tokens' hidden states, "
+        f"{model_of(result)}, mean over {n} prompt{'s' * (n != 1)}. Spectrum of the Gram matrix of the first tokens' hidden states, "
         "as they are: a massive activation counts as it is."
     )
     return _finished(figure, "Matrix entropy of the hidden states", text, height=600, bottom=56).update_layout(
@@ -499,10 +500,6 @@ def _shade(value: float, scale: dict) -> str:
 
 def _scale_bar(title: str) -> dict:
     return {"title": {"text": f"{title}<br> ", "font": {"size": 12}}, "thickness": 10, "outlinewidth": 0, "len": 0.8}
-
-
-def _model(result) -> str:
-    return str(result.manifest.model).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _prompts(table: pd.DataFrame) -> str:

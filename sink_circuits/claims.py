@@ -142,6 +142,12 @@ class Claims:
     def to_dataframe(self) -> pd.DataFrame:
         return self.table.copy()
 
+    def plot(self):
+        """Estimate, interval, margin and verdict of every hypothesis (plotly)."""
+        from sink_circuits import figures
+
+        return figures.claims_figure(self)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {

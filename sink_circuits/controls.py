@@ -116,6 +116,12 @@ class Controlled:
             frames.append(frame.assign(control=named)[["sink", "edit", "control", "log_odds", "score"]])
         return pd.concat(frames, ignore_index=True).join(self.table[["prompt", "pos", "token", "kind"]], on="sink")
 
+    def plot(self, outcome: str = "log_odds"):
+        """The effect beside every control's (plotly)."""
+        from sink_circuits import figures
+
+        return figures.controls_figure(self, outcome)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {

@@ -123,6 +123,12 @@ class MassAccount:
         columns = ["sink", "edit", "layer", "head", "group", *arrays]
         return frame[columns].join(self.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]], on="sink")
 
+    def plot(self):
+        """Where the attention mass went, by group and layer (plotly)."""
+        from sink_circuits import figures
+
+        return figures.mass_figure(self)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {"kind": "mass", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}

@@ -148,6 +148,12 @@ class PathEffect:
         columns = ["outcome", "sink", "run", "layer", "head", "edited", "clean", "effect", "left_over"]
         return frame[columns].join(self.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]], on="sink")
 
+    def plot(self, outcome: str = "log_odds"):
+        """Nested paths, what each adds, and what holds take away (plotly)."""
+        from sink_circuits import figures
+
+        return figures.paths_figure(self, outcome)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {

@@ -89,11 +89,13 @@ def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int
     heading = "<br>".join(safe(line) for line in textwrap.wrap(title, LINE_LENGTH - 12))
     note = "<br>".join(safe(line) for line in lines)
     has_legend = sum(trace.showlegend is not False and trace.type == "scatter" for trace in figure.data) > 1
-    top = 46 + 20 * heading.count("<br>") + 16 * len(lines) + (54 if has_legend else 30)
+    panels = [one for one in figure.layout.annotations if one.yref == "paper"]
+    more = 15 * panels[0].text.count("<br>") if panels else 0  # a first panel whose title has several lines
+    top = 40 + 16 * heading.count("<br>") + 16 * len(lines) + (54 if has_legend else 30) + more
     figure.update_layout(
         template="none",
         autosize=True,
-        height=height + 16 * len(lines),
+        height=height + 16 * len(lines) + more,
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",
@@ -102,8 +104,9 @@ def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int
         margin={"l": 58, "r": 14, "t": top, "b": bottom},
         showlegend=has_legend,
         title={
-            "text": f"<b>{heading}</b><br><span style='font-size:12px;color:{MUTED}'>{note}</span>",
-            "font": {"size": 15},
+            # The font's own size sets the distance of all lines.
+            "text": f"<b><span style='font-size:15px'>{heading}</span></b><br><span style='color:{MUTED}'>{note}</span>",
+            "font": {"size": 12},
             "x": 0,
             "xref": "container",
             "xanchor": "left",
@@ -123,7 +126,7 @@ def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int
         },
     )
     if has_legend:  # above the first panel's own title
-        figure.update_layout(legend_y=1 + 24 / (figure.layout.height - top - bottom))
+        figure.update_layout(legend_y=1 + (24 + more) / (figure.layout.height - top - bottom))
     figure.update_xaxes(
         gridcolor=GRID, zeroline=False, linecolor=MUTED, ticks="outside", ticklen=4, tickcolor=MUTED, title_font_size=12
     )
@@ -137,9 +140,8 @@ def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int
         title_font_size=12,
         title_standoff=6,
     )
-    for annotation in figure.layout.annotations:
-        if annotation.yref == "paper":  # panel titles: small, at the left
-            annotation.update(font={"size": 12, "color": INK}, x=0, xanchor="left", yanchor="bottom")
+    for annotation in panels:  # their titles: small, at the left
+        annotation.update(font={"size": 12, "color": INK}, x=0, xanchor="left", yanchor="bottom", align="left")
     return figure
 
 
@@ -164,12 +166,16 @@ def first_line(value) -> str:
     return (str(value).splitlines() or [""])[0][:160]
 
 
+def model_of(result) -> str:
+    """The model's name without the folder or organisation before it."""
+    return str(result.manifest.model).rstrip("/").rsplit("/", 1)[-1]
+
+
 def whose(effect) -> str:
     kinds = effect.table["kind"].unique()
     kind = f"{kinds[0]} " if len(kinds) == 1 else ""
     n, prompts = len(effect.table), effect.table["prompt"].nunique()
-    model = str(effect.manifest.model).rstrip("/").rsplit("/", 1)[-1]
-    return f"{model}: {n} {kind}sink{'s' * (n != 1)}, {prompts} prompt{'s' * (prompts != 1)}"
+    return f"{model_of(effect)}: {n} {kind}sink{'s' * (n != 1)}, {prompts} prompt{'s' * (prompts != 1)}"
 
 
 def layers_of(effect) -> str:
