@@ -6,6 +6,7 @@ row. So both rows come from the same kernels, and where nothing differs nothing 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,11 @@ from sink_circuits.errors import InputError
 from sink_circuits.interventions import Edit, _positions, _whole
 from sink_circuits.models import Adapter
 
-HOLDABLE = ("q", "k", "v", "attn_out", "mlp_out", "resid_post")
+NORM_SCALE = "norm_scale"
+HOLDABLE = ("q", "k", "v", "attn_out", "mlp_out", "resid_post", NORM_SCALE)
 """What can be held, as TransformerLens names it: queries, keys and values of every head, what attention and MLP add to
-the residual stream, and the residual stream behind a block."""
+the residual stream, the residual stream behind a block, and the denominators of all norms in a block (`ln1.hook_scale` and so
+on, post-norms and those of queries and keys among them): a norm with a held denominator is linear."""
 
 Held = Callable[[Tensor, int], Tensor]
 """(activation, its axis of positions) -> the activation with row 0's values in the rows that hold it; axis 0 is the batch."""
@@ -105,8 +108,35 @@ class Hold:
         return torch.tensor([p - start for p in held if p >= start], dtype=torch.long)
 
 
+def norm_scale_hooks(adapter: Adapter) -> tuple[str, ...]:
+    """The hooks of a block's norm denominators, without the block: "ln1.hook_scale", "attn.q_norm.hook_scale".
+
+    Raises InputError where they cannot be held: a model without such norms, blocks with different ones, or (HookedTransformer)
+    normalised queries and keys, whose hooks do not know rows and positions.
+    """
+    pattern = re.compile(r"blocks\.(\d+)\.(.+\.hook_scale)")
+    by_layer: list[list[str]] = [[] for _ in range(adapter.n_layers)]
+    names: Iterable[str] = adapter.model.hook_dict  # type: ignore[assignment]
+    for match in filter(None, map(pattern.fullmatch, names)):
+        by_layer[int(match[1])].append(match[2])
+    if not by_layer[0] or any(sorted(own) != sorted(by_layer[0]) for own in by_layer):
+        raise InputError(
+            f"norm scales cannot be held in {adapter.name}: its blocks have no norm hooks (hook_scale), or not all the same."
+        )
+    if type(adapter.model).__name__ == "HookedTransformer" and any("attn." in name for name in by_layer[0]):
+        raise InputError(
+            "norm scales cannot be held in a HookedTransformer that normalises queries and keys: use a TransformerBridge."
+        )
+    return tuple(sorted(by_layer[0]))
+
+
+def _activations(hold: Hold, adapter: Adapter) -> tuple[str, ...]:
+    """What a hold writes to in every layer."""
+    return norm_scale_hooks(adapter) if hold.what == NORM_SCALE else (hold.what,)
+
+
 def hold_functions(
-    rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, start: int, n_layers: int, n_positions: int,
+    rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, start: int, adapter: Adapter, n_positions: int,
     counter: list[int],
 ) -> dict[int, dict[str, Held]]:  # fmt: skip
     """For every layer and activation that some row holds, the function that holds it; each adds its holds to `counter`."""
@@ -114,32 +144,62 @@ def hold_functions(
     for row, (edits, holds) in enumerate(rows):
         for hold in holds:
             index = hold.index(edits, start, n_positions)
-            for layer in hold.reached(first_layer, n_layers):
-                cells.setdefault(layer, {}).setdefault(hold.what, []).append((row, index))
+            for layer in hold.reached(first_layer, adapter.n_layers):
+                for what in _activations(hold, adapter):
+                    cells.setdefault(layer, {}).setdefault(what, []).append((row, index))
     return {
-        layer: {what: _held(members, counter) for what, members in by_what.items()} for layer, by_what in cells.items()
+        layer: {what: _function(what, members, counter, n_positions - start) for what, members in by_what.items()}
+        for layer, by_what in cells.items()
     }
 
 
+def _function(what: str, cells: Sequence[tuple[int, Tensor]], counter: list[int], n_positions: int) -> Held:
+    return _of_scale(_held(cells, counter), n_positions) if what.endswith("hook_scale") else _held(cells, counter)
+
+
+def _of_scale(held: Held, n_positions: int) -> Held:
+    """Denominators stand on [batch, pos, 1], those of queries and keys on [batch, pos, head, 1] or [batch, head, pos, 1]."""
+
+    def function(scale: Tensor, position_axis: int) -> Tensor:
+        axes = [axis for axis in range(1, scale.ndim - 1) if scale.shape[axis] == n_positions]
+        if len(axes) != 1:
+            raise InputError(
+                f"norm scales of shape {tuple(scale.shape)} do not show which axis counts the {n_positions} positions: they cannot be "
+                "held here (norm_scales='recomputed'); a text of another length may do."
+            )
+        return held(scale, axes[0])
+
+    return function
+
+
 def _held(cells: Sequence[tuple[int, Tensor]], counter: list[int]) -> Held:
+    waiting = list(range(len(cells)))  # HookedTransformer normalises queries', keys' and values' inputs one by one
+
     def function(activation: Tensor, position_axis: int) -> Tensor:
         held = activation.clone()  # activations alias live tensors
         view = held.movedim(position_axis, 1)
         for row, index in cells:
             view[row, index.to(held.device)] = view[0, index.to(held.device)]
-            counter[0] += 1
+        counter[0] += len(waiting)
+        waiting.clear()
         return held
 
     return function
 
 
-def n_held(rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, n_layers: int) -> int:
+def n_held(rows: Sequence[tuple[Sequence[Edit], Sequence[Hold]]], first_layer: int, adapter: Adapter) -> int:
     """How often the functions of one pass must have held something."""
-    return sum(len(hold.reached(first_layer, n_layers)) for _, holds in rows for hold in holds)
+    return sum(
+        len(hold.reached(first_layer, adapter.n_layers)) * len(_activations(hold, adapter))
+        for _, holds in rows
+        for hold in holds
+    )
 
 
 def hook_of(adapter: Adapter, what: str, layer: int) -> str:
     """TransformerLens' hook of an activation that can be held. Raises InputError where the model lacks it."""
+    if what.endswith("hook_scale"):
+        return f"blocks.{layer}.{what}"
     names = {"mlp_out": adapter.contribution_hook(layer)} | {x: f"blocks.{layer}.attn.hook_{x}" for x in "qkv"}
     name = names.get(what, f"blocks.{layer}.hook_{what}")
     if name not in adapter.model.hook_dict:

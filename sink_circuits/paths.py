@@ -8,7 +8,9 @@ Nested parts of the total effect, each an edited run in which something is held 
 - `total`: everything is live.
 
 Beside them, `hold <what>`: the total with keys, queries or values held over a range of layers; what is missing then was
-lost by the hold. Norm scales are recomputed from the changed residual stream in all of them, not held. With edits of
+lost by the hold. Norm scales are recomputed from the changed residual stream in all of them. Beside each nested path
+stands the same one with norm scales held: every norm above the edit divides by its clean denominator (`Hold("norm_scale")`), so
+that a norm is linear and what is left of an effect did not come by what a longer stream is divided by. With edits of
 several layers, the later ones are made of the clean contribution in `residual` (the changes add up), and of the run's own
 in the others. Compare path patching (Wang et al., 2211.00593, section 3.1), which holds what is off the path as well.
 """
@@ -30,9 +32,9 @@ from sink_circuits import statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import _name, _prepare, _rows_per_batch, _several, measure
-from sink_circuits.holds import Hold
+from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
 from sink_circuits.interventions import Contribution, Edit, custom, zero
-from sink_circuits.models import adapt
+from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import CleanRun, EditedRun, run_clean, run_edited
@@ -51,6 +53,10 @@ STEPS = {"residual": "residual", "own components": "own stream", "other position
 
 OUTCOMES = {"score": column_scores, "log_odds": column_log_odds}
 NORM_SCALES = "recomputed"
+SCALES_HELD: Mapping[str, tuple[Hold, ...]] = {
+    f"{name}, norm scales held": (*held, Hold(NORM_SCALE)) for name, held in PATHS.items()
+}
+"""The nested paths again, with every norm's denominator held as well, at all positions."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,11 @@ class PathEffect:
     """The nested paths of one edit per sink, and the total with something held.
 
     `data` (xarray): `score` and `log_odds` of the treated position [sink, run, layer, head] and their clean values
-    `clean_<outcome>` [sink, layer, head]. `run`: "residual", "own stream", "total", and "hold <label>" for every hold.
+    `clean_<outcome>` [sink, layer, head]. `run`: "residual", "own stream", "total", the same three with ", norm scales held",
+    and "hold <label>" for every hold.
     Layers up to the first edited one (`first_layer` [sink]) hold the clean values exactly. `reading` [sink, layer]: the
-    layers that read the sink above the edit, l_start+1..l_end+1. `table`: one row per sink. `norm_scales`: "recomputed"
-    from the changed residual stream.
+    layers that read the sink above the edit, l_start+1..l_end+1. `table`: one row per sink. `norm_scales`: what was done with
+    them; "recomputed" from the changed residual stream unless a run says that they are held.
     """
 
     data: xr.Dataset
@@ -72,7 +79,12 @@ class PathEffect:
     @property
     def holds(self) -> tuple[str, ...]:
         """What was held, one run each."""
-        return tuple(str(run).removeprefix("hold ") for run in self.data["run"].values if str(run) not in PATHS)
+        return tuple(str(run).removeprefix("hold ") for run in self.data["run"].values if str(run).startswith("hold "))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The nested paths that were measured, those with norm scales held behind the others."""
+        return tuple(str(run) for run in self.data["run"].values if not str(run).startswith("hold "))
 
     def effect(self, outcome: str = "score") -> xr.DataArray:
         """Edited minus clean, [sink, run, layer, head]. Raises InputError for an unknown outcome."""
@@ -97,37 +109,52 @@ class PathEffect:
         lost = effects.sel(run="total", drop=True) - held
         return lost.assign_coords(run=list(self.holds)).rename(run="hold").transpose("sink", "hold", ...)
 
-    def over_lifetime(self, values: xr.DataArray) -> xr.DataArray:
-        """Mean over heads and over the layers that read the sink above the edit; NaN where there are none."""
-        return values.mean("head").where(self.data["reading"]).mean("layer")
+    def over_lifetime(self, outcome: str = "score", what: str = "effect") -> xr.DataArray:
+        """Mean over heads and over the layers that read the sink above the edit, [sink, ...]; NaN where there are none.
 
-    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per outcome and part: its mean over prompts and its share of the total, with bootstrap intervals.
+        `what`: "effect", "edited" or "clean", [sink, run]; "steps" [sink, step] or "lost" [sink, hold]. Raises InputError.
+        """
+        effect = self.effect(outcome)  # refuses what was not measured
+        values = {
+            "effect": lambda: effect,
+            "edited": lambda: self.data[outcome],
+            "clean": lambda: self.data[f"clean_{outcome}"].broadcast_like(effect),
+            "steps": lambda: self.steps(outcome),
+            "lost": lambda: self.lost(outcome),
+        }
+        if what not in values:
+            raise InputError(f"{what!r} is unknown: use {', '.join(values)}.")
+        return values[what]().mean("head").where(self.data["reading"]).mean("layer")
 
-        Columns: outcome, kind ("path", "step", "hold"), part, effect (of a hold: the effect lost), low, high, share (of
-        the total: ratio of the means), share_low, share_high, n_prompts, n_sinks. Shares may lie outside [0, 1], where
-        parts work against each other. The share's interval is that of the linearised ratio (`ratio_to`).
+    def summary(self, outcome: str | None = None, *, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per outcome (or of this one) and part: its mean over prompts and its share of the total, with intervals.
+
+        Columns: outcome, kind ("path", "step", "hold"), part, norm_scales ("recomputed" or "held"), effect (of a hold: the
+        effect lost), low, high, share (of the total: ratio of the means), share_low, share_high, n_prompts, n_sinks. Shares
+        may lie outside [0, 1], where parts work against each other. The share's interval is that of the linearised ratio
+        (`ratio_to`).
         """
         rows = []
-        for outcome in OUTCOMES:
-            effects = self.over_lifetime(self.effect(outcome))
+        for name in OUTCOMES if outcome is None else (outcome,):
+            effects = self.over_lifetime(name)
             total = effects.sel(run="total").to_numpy()
             parts = (
-                ("path", "run", effects.sel(run=list(PATHS))),
-                ("step", "step", self.over_lifetime(self.steps(outcome))),
-                ("hold", "hold", self.over_lifetime(self.lost(outcome))),
+                ("path", "run", effects.sel(run=list(self.paths))),
+                ("step", "step", self.over_lifetime(name, "steps")),
+                ("hold", "hold", self.over_lifetime(name, "lost")),
             )
             for kind, dim, values in parts:
                 for label in values[dim].values:
                     own = values.sel({dim: label}).to_numpy()
-                    name = f"paths/{outcome}/{kind}/{label}"
+                    seed = f"paths/{name}/{kind}/{label}"
                     mean = statistics.bootstrap_over_prompts(
-                        own, self.table["prompt"], name=name, confidence=confidence
+                        own, self.table["prompt"], name=seed, confidence=confidence
                     )
-                    share = ratio_to(total, own, self.table["prompt"], name=f"{name}/share", confidence=confidence)
+                    share = ratio_to(total, own, self.table["prompt"], name=f"{seed}/share", confidence=confidence)
                     rows.append(
                         {
-                            "outcome": outcome, "kind": kind, "part": label, "effect": mean.mean, "low": mean.low,
+                            "outcome": name, "kind": kind, "part": label,
+                            "norm_scales": "held" if str(label) in SCALES_HELD else NORM_SCALES, "effect": mean.mean, "low": mean.low,
                             "high": mean.high, "share": share.mean, "share_low": share.low, "share_high": share.high,
                             "n_prompts": mean.n, "n_sinks": int(np.isfinite(own).sum()),
                         }
@@ -178,13 +205,14 @@ class PathEffect:
 
 def path_effects(
     model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
-    intervention: str | Callable[[Contribution], Contribution] = "zero", holds: Sequence[Hold] = HOLDS, **options,
+    intervention: str | Callable[[Contribution], Contribution] = "zero", holds: Sequence[Hold] = HOLDS, norm_scales: str = "auto",
+    **options,
 ) -> PathEffect:  # fmt: skip
     """By which paths an intervention on one MLP, or a joint set, reaches the sinks' later scores.
 
     `intervention`: "zero" or a function of the contribution [pos, d_model]. `layer`, `layers`, `forming` as in `ablate`;
-    `holds`: what is held clean, one run each. Options (`OPTIONS`) as in `measure`. Takes one row for the total and
-    3 + len(holds) for the others. Raises InputError, also for a hold that reaches nothing.
+    `holds`: what is held clean, one run each. Options (`OPTIONS`) as in `measure`, and `norm_scales` as in `measure_paths`. Takes one
+    row for the total and 6 + len(holds) for the others. Raises InputError, also for a hold that reaches nothing.
     """
     name = _name(intervention, "intervention", ("zero",))
     check_options(options)
@@ -192,7 +220,9 @@ def path_effects(
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
     settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
     edits_of = edits_at(intervention, name, layers_of)
-    return measure_paths(model, tokens, sinks, edits_of, holds=holds, settings=settings, **options)
+    return measure_paths(
+        model, tokens, sinks, edits_of, holds=holds, norm_scales=norm_scales, settings=settings, **options
+    )
 
 
 OPTIONS = ("min_queries", "batch_size", "memory", "attention_mask", "clean_cache", "path", "verbose")
@@ -220,11 +250,13 @@ def edits_at(
 
 def measure_paths(
     model, tokens, sinks: Sinks, edits_of: Callable[[pd.Series], Sequence[Edit]], *, holds: Sequence[Hold] = HOLDS,
-    min_queries: int = MIN_QUERIES, batch_size: int | None = None, memory: float | None = None, attention_mask=None,
-    clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
+    norm_scales: str = "auto", min_queries: int = MIN_QUERIES, batch_size: int | None = None, memory: float | None = None,
+    attention_mask=None, clean_cache=None, path: str = "auto", verbose: bool = True, settings: Mapping | None = None,
 ) -> PathEffect:  # fmt: skip
     """`path_effects` of any edits: `edits_of(row of the sink table)` are those of that sink's run.
 
+    `norm_scales`: "both", every nested path with norm scales recomputed and with them held; "recomputed" only; "auto", both where the
+    model's norms can be held, else recomputed, with the reason in the result's `norm_scales`.
     The total is what `measure` gives for the same edits. Edits that leave every clean contribution as it is, to the bit,
     are the clean run: copied, all effects exactly 0. All edits and holds are checked before the first forward pass.
     """
@@ -232,8 +264,9 @@ def measure_paths(
     holds = tuple(_check_hold(hold) for hold in holds)
     if len({hold.label for hold in holds}) < len(holds):
         raise InputError(f"holds {[hold.label for hold in holds]}: name each once.")
+    scales, nested = _scales(adapter, norm_scales)
     given, tokens = tokens, as_tokens(model, tokens, attention_mask)
-    runs = {**PATHS, **{f"hold {hold.label}": (hold,) for hold in holds}}
+    runs = {**nested, **{f"hold {hold.label}": (hold,) for hold in holds}}
     lengths = {name: len(ids) for name, ids in zip(tokens.names, tokens.ids, strict=True)}
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
@@ -247,7 +280,7 @@ def measure_paths(
     total = measure(
         model, given, sinks, ["total"], edits, what="paths", min_queries=min_queries, batch_size=batch_size, memory=memory, path=path,
         attention_mask=attention_mask, clean_cache=clean_cache, verbose=False,
-        settings={**(settings or {}), "holds": [hold.label for hold in holds], "norm_scales": NORM_SCALES},
+        settings={**(settings or {}), "holds": [hold.label for hold in holds], "norm_scales": scales},
     )  # fmt: skip
     table = total.table
     rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
@@ -282,7 +315,22 @@ def measure_paths(
         "reading": (("sink", "layer"), reading.to_numpy()),
     }
     coords = {name: np.arange(size) for name, size in total.data.sizes.items() if name != "edit"} | {"run": list(runs)}
-    return PathEffect(xr.Dataset(arrays, coords=coords), table, total.manifest)
+    return PathEffect(xr.Dataset(arrays, coords=coords), table, total.manifest, scales)
+
+
+def _scales(adapter: Adapter, norm_scales: str) -> tuple[str, Mapping[str, tuple[Hold, ...]]]:
+    """What is done with norm scales, in words, and the nested paths that are run."""
+    if norm_scales not in ("auto", "both", "recomputed"):
+        raise InputError(f"norm_scales {norm_scales!r} is unknown: use 'auto', 'both' or 'recomputed'.")
+    if norm_scales == "recomputed":
+        return NORM_SCALES, PATHS
+    try:
+        norm_scale_hooks(adapter)
+    except InputError as error:
+        if norm_scales == "both":
+            raise
+        return f"{NORM_SCALES} only: {error}", PATHS
+    return f"{NORM_SCALES}, and held where a path says so", {**PATHS, **SCALES_HELD}
 
 
 def _check_hold(hold) -> Hold:

@@ -7,6 +7,7 @@ further edited blocks base and contribution are the edited run's own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -457,7 +458,7 @@ def _edited_fast(
     functions = {
         layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))
     }
-    held = hold_functions([row[:2] for row in rows], first_layer, start, adapter.n_layers, clean.n_positions, counter)
+    held = hold_functions([row[:2] for row in rows], first_layer, start, adapter, clean.n_positions, counter)
     chosen = clean.columns.chosen
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
     log_rest = [clean.columns.log_rest.clone() for _ in rows]
@@ -487,7 +488,7 @@ def _edited_fast(
             masses.note(run.layer, run.tap.grouped, run.tap.attention.diagonal, start, _learned_sinks(adapter))
         note_residual(run.layer, run.resid_post)
         resid = run.resid_post
-    expected = _n_expected(rows, first_layer, adapter.n_layers)
+    expected = _n_expected(rows, first_layer, adapter)
     if counter[0] != expected:
         raise TwinRefused(f"{expected} edits and holds were asked for and {counter[0]} were made: report this model.")
     losses: list[Tensor | None] = [None] * len(rows)
@@ -511,8 +512,8 @@ def _edited_fast(
     ]  # fmt: skip
 
 
-def _n_expected(rows: Sequence[_Row], first_layer: int, n_layers: int) -> int:
-    return sum(len(row.edits) for row in rows) + n_held([row[:2] for row in rows], first_layer, n_layers)
+def _n_expected(rows: Sequence[_Row], first_layer: int, adapter: Adapter) -> int:
+    return sum(len(row.edits) for row in rows) + n_held([row[:2] for row in rows], first_layer, adapter)
 
 
 def _resid_chosen(clean: CleanRun) -> Float[Tensor, "layer chosen d_model"]:
@@ -540,7 +541,7 @@ def _edited_reference(
     taps = [_PatternTap(chosen, _learned_sinks(adapter), masses.columns) for _ in layers]
     residuals: dict[int, Tensor] = {}
     counter = [0]
-    held = hold_functions([row[:2] for row in rows], first_layer, 0, adapter.n_layers, clean.n_positions, counter)
+    held = hold_functions([row[:2] for row in rows], first_layer, 0, adapter, clean.n_positions, counter)
 
     def keep_residual(layer: int):
         def hook(value: Tensor, hook) -> None:
@@ -559,11 +560,15 @@ def _edited_reference(
             hooks.append((adapter.contribution_hook(layer), lambda value, hook, f=function: f(value)))
         hooks += [(adapter.pattern_hook(layer), taps[layer]), keep_residual(layer)]
     tokens = clean.tokens.expand(len(rows), -1)
-    final = adapter.model.run_with_hooks(
-        tokens, fwd_hooks=hooks, **({} if loss or kl else {"stop_at_layer": adapter.n_layers})
-    )
+    with (
+        warnings.catch_warnings()
+    ):  # a held norm is computed from its hooks, to rounding the same: the bridge says so each time
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        final = adapter.model.run_with_hooks(
+            tokens, fwd_hooks=hooks, **({} if loss or kl else {"stop_at_layer": adapter.n_layers})
+        )
     clean_resid = _resid_chosen(clean)
-    expected = _n_expected(rows, first_layer, adapter.n_layers)
+    expected = _n_expected(rows, first_layer, adapter)
     if counter[0] != expected:
         raise InputError(
             f"{expected} edits and holds were asked for and {counter[0]} fired: a hook is dead in this model."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sink_circuits.attention import AttentionForm, AttentionSums, streamed_attention
+from sink_circuits.errors import InputError
 
 ATTENTION_NAME = "sink_circuits_streamed"
 
@@ -163,10 +164,10 @@ class Twin:
             parallel=parallel,
             argument_names=tuple(inspect.signature(type(blocks[0]).forward).parameters)[1:],
         )
-        twin._install_taps(parts["blocks"].submodules["attn"].name)
+        twin._install_taps(parts["blocks"].submodules["attn"].name, _norms(bridge))
         return twin
 
-    def _install_taps(self, attn_name: str) -> None:
+    def _install_taps(self, attn_name: str, norms: Mapping[str, str]) -> None:
         for index, block in enumerate(self.blocks):
             tap = Tap()
             self.taps.append(tap)
@@ -175,6 +176,10 @@ class Twin:
                 self.readers[index].register_forward_pre_hook(lambda m, args, tap=tap: _keep(tap, "base", args[0]))
             self.attentions[index].register_forward_hook(lambda m, args, out, tap=tap: _attend(tap, out))
             self.contributions[index].register_forward_hook(lambda m, args, out, tap=tap: _contribute(tap, out))
+            for hook, path in norms.items():  # after the hooks above: of a post-norm they see what its own hook leaves
+                block.get_submodule(path).register_forward_hook(
+                    lambda m, args, out, tap=tap, hook=hook: _normalise(tap, hook, m, args[0], out), prepend=True
+                )
 
     def block_inputs(self, tokens: Int[Tensor, " pos"]) -> BlockInputs:
         """Embed a text and note what every block would be given; no block is computed."""
@@ -275,6 +280,39 @@ def _place(bridge, hook: str) -> tuple[str, str]:
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names as the unwrapped Hugging Face model spells them."""
     return {name.replace("._original_component", ""): tensor for name, tensor in tensors.items()}
+
+
+def _norms(bridge) -> dict[str, str]:
+    """The norms of a block: TransformerLens' hook of the denominator -> Hugging Face's submodule within the block."""
+    parts = bridge.adapter.component_mapping["blocks"].submodules
+    attn = parts["attn"]
+    places = [(name, part, "") for name, part in parts.items()]
+    places += [(f"attn.{name}", part, f"{attn.name}.") for name, part in (attn.submodules or {}).items()]
+    return {
+        f"{name}.hook_scale": f"{parent}{part.name}"
+        for name, part, parent in places
+        if part.name and f"blocks.0.{name}.hook_scale" in bridge.hook_dict
+    }
+
+
+def _normalise(tap: Tap, hook: str, norm: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
+    """A norm's output with the denominator that stands in its own's place; None where it is its own.
+
+    RMSNorm and LayerNorm: out = gain * numerator / denominator + bias, so the rest needs not be known.
+    """
+    if hook not in tap.holds:
+        return None
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    kind = type(norm).__name__
+    if not isinstance(eps, int | float) or not kind.endswith(("RMSNorm", "LayerNorm")):
+        raise InputError(f"{kind} has no denominator that is known here: hold norm scales with path='reference'.")
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True) if kind.endswith("LayerNorm") else wide
+    own = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    held = tap.held(hook, own, 1)
+    bias = getattr(norm, "bias", None)
+    shift = 0.0 if bias is None else bias.float()
+    return torch.where(held == own, out, ((out.float() - shift) * (own / held) + shift).to(out.dtype))
 
 
 def _first(out):

@@ -24,8 +24,13 @@ class Run(NamedTuple):
     ]  # (name, layer) -> q, k, v before rotation [head, pos, d_head]; others [pos, d_model]
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * gain
+def rms_norm(x: Tensor, gain: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """`scale` [pos, 1]: another denominator than x's own."""
+    return x / (rms(x, eps) if scale is None else scale) * gain
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
@@ -46,9 +51,9 @@ def layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor
     }
 
 
-def mlp(w: Mapping[str, Tensor], x: Tensor, eps: float) -> Tensor:
+def mlp(w: Mapping[str, Tensor], x: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     """What the MLP adds to the residual stream x."""
-    normed = rms_norm(x, w["post_attention_layernorm"], eps)
+    normed = rms_norm(x, w["post_attention_layernorm"], eps, scale)
     gate = torch.nn.functional.silu(normed @ w["mlp.gate_proj"].T)
     return (gate * (normed @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
 
@@ -60,7 +65,7 @@ def forward(
     """Run tokens [pos]; `edits[layer, pos]` scales (or replaces by a function of it) that MLP contribution.
 
     `held`: (name, layer, pos) of what is taken from the run `clean` instead: "q", "k", "v", "attn_out", "mlp_out" (which
-    is then edited) or "resid_post".
+    is then edited), "resid_post", or the norms' denominators "scale1" (before attention) and "scale2" (before the MLP).
     """
     edits = dict(edits or {})
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
@@ -82,7 +87,7 @@ def forward(
     residuals, patterns, contributions = [], [], []
     for layer in range(config.num_hidden_layers):
         w = layer_weights(weights, layer)
-        normed = rms_norm(x, w["input_layernorm"], eps)
+        normed = rms_norm(x, w["input_layernorm"], eps, part("scale1", layer, rms(x, eps)))
 
         def heads(name: str, n: int) -> Tensor:
             projected = (normed @ w[f"self_attn.{name}_proj"].T).reshape(n_pos, n, d_head).transpose(0, 1)  # noqa: B023
@@ -96,7 +101,7 @@ def forward(
         attended = (pattern @ value).transpose(0, 1).reshape(n_pos, -1)
         x = x + part("attn_out", layer, attended @ w["self_attn.o_proj"].T)
 
-        contribution = part("mlp_out", layer, mlp(w, x, eps))
+        contribution = part("mlp_out", layer, mlp(w, x, eps, part("scale2", layer, rms(x, eps))))
         for pos in range(n_pos):
             edit = edits.pop((layer, pos), None)
             if edit is not None:
@@ -111,10 +116,13 @@ def forward(
     return Run(torch.stack(residuals), torch.stack(patterns), torch.stack(contributions), logits, parts)
 
 
-def patterns_of(state_dict: Mapping[str, Tensor], config: Any, embed: Tensor, residuals: Tensor) -> Tensor:
+def patterns_of(
+    state_dict: Mapping[str, Tensor], config: Any, embed: Tensor, residuals: Tensor, scales: Mapping[int, Tensor] | None = None
+) -> Tensor:  # fmt: skip
     """The patterns [layer, head, query, key] that these residual streams [layer, pos, d_model] give, block by block.
 
     Nothing is handed from block to block: each reads the stream behind the one before, the first the embedding [pos, d_model].
+    `scales`: denominators [pos, 1] of the norm before attention, of the layers in which they are not the stream's own.
     """
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
     n_heads, n_kv, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -123,7 +131,7 @@ def patterns_of(state_dict: Mapping[str, Tensor], config: Any, embed: Tensor, re
     patterns = []
     for layer, x in enumerate([embed, *residuals[:-1]]):
         w = layer_weights(weights, layer)
-        normed = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)
+        normed = rms_norm(x, w["input_layernorm"], config.rms_norm_eps, (scales or {}).get(layer))
         query, key = (
             rotate((normed @ w[f"self_attn.{name}_proj"].T).reshape(n_pos, -1, d_head).transpose(0, 1),
                    config.rope_parameters["rope_theta"])
@@ -134,9 +142,15 @@ def patterns_of(state_dict: Mapping[str, Tensor], config: Any, embed: Tensor, re
     return torch.stack(patterns)
 
 
+def clean_scales(clean: Run, edits: Mapping[tuple[int, int], Edit]) -> dict[int, Tensor]:
+    """The clean denominators before attention, of all layers above the first edited one."""
+    first = min(layer for layer, _ in edits)
+    return {layer: clean.parts["scale1", layer] for layer in range(first + 1, len(clean.residuals))}
+
+
 def residual_only(
-    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit]
-) -> Tensor:
+    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit], scales_held: bool = False
+) -> Tensor:  # fmt: skip
     """Patterns [layer, head, query, key] where an edit acts through the residual stream alone.
 
     Behind an edited MLP the edited position's stream is the clean one plus what the edit changes of the clean
@@ -147,22 +161,26 @@ def residual_only(
     for (layer, pos), edit in edits.items():
         before = clean.contributions[layer, pos]
         residuals[layer:, pos] += (edit(before) if callable(edit) else edit * before) - before
-    return patterns_of(state_dict, config, _embed(state_dict, tokens), residuals)
+    scales = clean_scales(clean, edits) if scales_held else None
+    return patterns_of(state_dict, config, _embed(state_dict, tokens), residuals, scales)
 
 
 def own_stream(
-    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit], pos: int
-) -> Tensor:
+    state_dict: Mapping[str, Tensor], config: Any, tokens: Tensor, edits: Mapping[tuple[int, int], Edit], pos: int,
+    scales_held: bool = False,
+) -> Tensor:  # fmt: skip
     """Patterns where position `pos` alone is run again, one vector through all blocks; all others keep their clean streams."""
     clean = forward(state_dict, config, tokens)
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
     n_heads, n_kv, d_head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
     residuals, embed = clean.residuals.clone(), _embed(state_dict, tokens)
-    x = embed[pos]
+    x, first = embed[pos], min(layer for layer, _ in edits)
     for layer in range(config.num_hidden_layers):
         w = layer_weights(weights, layer)
-        normed = rms_norm(x, w["input_layernorm"], eps)
+        hold = scales_held and layer > first
+        before, behind = (clean.parts[f"scale{i}", layer][pos] if hold else None for i in (1, 2))
+        normed = rms_norm(x, w["input_layernorm"], eps, before)
         own = {name: (normed @ w[f"self_attn.{name}_proj"].T).reshape(-1, d_head) for name in "qkv"}
         keys, values = (clean.parts[name, layer][:, : pos + 1].clone() for name in "kv")  # [key head, pos, d_head]
         keys[:, pos], values[:, pos] = own["k"], own["v"]
@@ -175,12 +193,12 @@ def own_stream(
             weights_of_keys = (rotate(keys[key_head][None], theta)[0] @ query / d_head**0.5).softmax(-1)
             attended.append(weights_of_keys @ values[key_head])
         x = x + torch.cat(attended) @ w["self_attn.o_proj"].T
-        contribution = mlp(w, x, eps)
+        contribution = mlp(w, x, eps, behind)
         if (edit := edits.get((layer, pos))) is not None:
             contribution = edit(contribution) if callable(edit) else edit * contribution
         x = x + contribution
         residuals[layer, pos] = x
-    return patterns_of(state_dict, config, embed, residuals)
+    return patterns_of(state_dict, config, embed, residuals, clean_scales(clean, edits) if scales_held else None)
 
 
 def _embed(state_dict: Mapping[str, Tensor], tokens: Tensor) -> Tensor:

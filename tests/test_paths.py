@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 
 import sink_circuits as sc
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.holds import HOLDABLE, Hold
-from sink_circuits.paths import HOLDS, PATHS, STEPS, PathEffect, measure_paths, path_effects, ratio_to
+from sink_circuits.holds import HOLDABLE, Hold, _of_scale, norm_scale_hooks
+from sink_circuits.paths import HOLDS, PATHS, SCALES_HELD, STEPS, PathEffect, measure_paths, path_effects, ratio_to
 from sink_circuits.scores import column_log_odds, column_scores
+from sink_circuits.twin import Tap, _normalise
 
+ALL_PATHS = {**PATHS, **SCALES_HELD}
 N, POS, CHOSEN = 40, 7, (0, 7, 20)
 RUNS = [("bridge", "fast"), ("bridge", "reference"), *([("hooked", "reference")] if "hooked" in BACKENDS else [])]
 
@@ -75,10 +78,18 @@ def random_by_hand(case: str | None = None, held: tuple[tuple[str, int, int], ..
 
 
 def nested_by_hand(state_dict, config, tokens, edits, pos) -> dict[str, torch.Tensor]:
+    clean, first = hand.forward(state_dict, config, tokens), min(layer for layer, _ in edits)
+    scales = [
+        (name, layer, p)
+        for name in ("scale1", "scale2") for layer in range(first + 1, config.num_hidden_layers) for p in range(len(tokens))
+    ]  # fmt: skip
     return {
         "residual": hand.residual_only(state_dict, config, tokens, edits),
         "own stream": hand.own_stream(state_dict, config, tokens, edits, pos),
         "total": hand.forward(state_dict, config, tokens, edits).pattern,
+        "residual, norm scales held": hand.residual_only(state_dict, config, tokens, edits, scales_held=True),
+        "own stream, norm scales held": hand.own_stream(state_dict, config, tokens, edits, pos, scales_held=True),
+        "total, norm scales held": hand.forward(state_dict, config, tokens, edits, clean, scales).pattern,
     }
 
 
@@ -120,12 +131,12 @@ def positions_of(hold: Hold) -> list[int]:
 def test_nested_paths_are_those_by_hand(backend, path, case):
     tokens, expected = eager.random_tokens(N), random_nested_by_hand(case)
     clean = sc.run_clean(random_lens(backend), tokens, chosen=CHOSEN, path=path)
-    rows = [[*edits_of(EDITS[case]), *held] for held in PATHS.values()]
+    rows = [[*edits_of(EDITS[case]), *held] for held in ALL_PATHS.values()]
     runs = sc.run_edited(random_lens(backend), clean, rows, path=path)
     for run, (name, pattern) in zip(runs, expected.items(), strict=True):
         check(run, pattern)
         assert run.path == path
-        assert run.holds == PATHS[name]
+        assert run.holds == ALL_PATHS[name]
         assert torch.equal(run.columns.log_attention[:1], clean.columns.log_attention[:1])
         assert torch.equal(run.columns.log_attention[:, :, :POS], clean.columns.log_attention[:, :, :POS])
     scores = [hand.sink_scores(pattern)[..., POS] for pattern in expected.values()]
@@ -136,7 +147,7 @@ def test_nested_paths_are_those_by_hand(backend, path, case):
 def test_nested_paths_of_the_planted_sink_are_those_by_hand(backend, path):
     expected = planted_nested_by_hand()
     clean = sc.run_clean(lens(backend), prompt(), chosen=(0, SINK), path=path)
-    runs = sc.run_edited(lens(backend), clean, [[*edits_of(PLANTED), *held] for held in PATHS.values()], path=path)
+    runs = sc.run_edited(lens(backend), clean, [[*edits_of(PLANTED), *held] for held in ALL_PATHS.values()], path=path)
     untouched = hand.sink_scores(by_hand(prompt()).pattern)[8:13, :2, SINK]
     for run, pattern in zip(runs, expected.values(), strict=True):
         scores = column_scores(run.columns, [None] * 24, 1)[..., 1]
@@ -176,7 +187,7 @@ def test_holds_are_those_by_hand(backend, path, name):
 def test_what_changes_nothing_is_bit_identical_to_an_unedited_row_whatever_is_held(backend, path):
     clean = sc.run_clean(random_lens(backend), eager.random_tokens(N), chosen=CHOSEN, path=path)
     same = sc.Edit(1, (POS,), lambda c: c.clone())
-    all_holds = [*PATHS.values(), *((Hold(what),) for what in HOLDABLE)]
+    all_holds = [*ALL_PATHS.values(), *((Hold(what),) for what in HOLDABLE)]
     rows = [[sc.zero(1, POS)], [], *([same, *held] for held in all_holds)]
     _, untouched, *runs = sc.run_edited(random_lens(backend), clean, rows, loss=True, path=path)
     for run in runs:
@@ -267,6 +278,86 @@ def test_holds_and_paths_of_other_architectures(name):
         assert (column_scores(run.columns, windows, 1) - scores).abs().max() < 1e-5, path
 
 
+def with_clean_denominators(name: str, tokens, edits, first: int):
+    """Hugging Face's eager pass in which every norm above block `first` divides by what it divided by in the clean pass."""
+    model, denominators, held = eager.tiny(name), {}, [False]
+    gemma = name.startswith("gemma")
+
+    def hook(module, args, output, path, layer):
+        x = args[0].double()
+        centred = isinstance(module, torch.nn.LayerNorm)
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        own = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        if not held[0]:
+            denominators[path] = own
+            return None
+        if layer <= first:
+            return None
+        gain = module.weight.double() + (1 if gemma else 0)
+        return (x / denominators[path] * gain + (module.bias if centred else 0)).to(output.dtype)
+
+    hooks = [
+        module.register_forward_hook(functools.partial(hook, path=(layer, path), layer=layer))
+        for layer, block in enumerate(eager.blocks_of(model)) for path, module in block.named_modules()
+        if path.rpartition(".")[2].endswith("norm")
+    ]  # fmt: skip
+    try:
+        eager.forward(model, tokens)
+        held[0] = True
+        return eager.forward(model, tokens, edits), len(hooks) // eager.N_LAYERS
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_norms"), [("gemma2", 4), ("gemma3", 6), ("qwen3", 4), ("gpt-oss", 2), ("gpt-neox", 2)]
+)
+def test_norm_scales_of_other_architectures(name, n_norms):
+    """RMSNorm and LayerNorm, with and without bias, post-norms, norms of queries and keys, learned sinks."""
+    tokens, windows = eager.random_tokens(N), eager.WINDOWS[name]
+    expected, found = with_clean_denominators(name, tokens, {(1, POS): 0.0}, 1)
+    assert found == n_norms
+    model = sc.load_model(eager.tiny(name), verbose=False)
+    assert len(norm_scale_hooks(sc.adapt(model))) == n_norms
+    clean = sc.run_clean(model, tokens, chosen=CHOSEN)
+    scores = eager.scores(expected.pattern, windows)[..., list(CHOSEN)]
+    for path in ("fast", "reference"):
+        held, free = sc.run_edited(model, clean, [[sc.zero(1, POS), Hold("norm_scale")], [sc.zero(1, POS)]], path=path)
+        assert (column_scores(held.columns, windows, 1) - scores).abs().max() < 1e-5, path
+        free = column_scores(free.columns, windows, 1)
+        assert (free - scores).abs().max() > 1e-3, "held or not makes no difference here"
+
+
+def test_norm_scales_that_cannot_be_held_are_refused():
+    model = random_lens("bridge")
+    adapter = sc.adapt(model)
+
+    class WithoutNorms:
+        cfg = model.cfg
+
+        @property
+        def hook_dict(self):
+            return {name: point for name, point in model.hook_dict.items() if not name.endswith("hook_scale")}
+
+    with pytest.raises(InputError, match=r"norm scales cannot be held in .*: its blocks have no norm hooks"):
+        norm_scale_hooks(dataclasses.replace(adapter, model=WithoutNorms()))
+    block = adapter.twin.blocks[1]
+    norm = next(module for name, module in block.named_modules() if name == "input_layernorm")
+    tap = Tap(holds={"ln1.hook_scale": lambda scale, axis: scale})
+
+    class Other(torch.nn.Module):
+        eps = 1e-6
+
+    with pytest.raises(InputError, match="Other has no denominator that is known here: .*path='reference'"):
+        _normalise(tap, "ln1.hook_scale", Other(), torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    with pytest.raises(InputError, match="which axis counts the 5 positions: they cannot be held"):
+        _of_scale(lambda scale, axis: scale, 5)(torch.ones(2, 5, 5, 1), 1)
+    x = torch.randn(1, 3, norm.weight.shape[0])
+    assert torch.equal(_normalise(tap, "ln1.hook_scale", norm, x, norm(x)), norm(x))  # its own denominator, to the bit
+
+
 # ------------------------------------------------------------------------------------------------------ the result
 def sinks_at(*places: tuple[str, int]) -> sc.Sinks:
     """A table of sinks as `find_sinks` returns it, of random text: what is measured is arithmetic, not whether they are sinks."""
@@ -328,7 +419,8 @@ def test_the_result_holds_what_is_by_hand():
 
 def test_steps_losses_and_shares_add_up():
     found = result()
-    assert list(found.data["run"].values) == [*PATHS, "hold k", "hold k at treated", "hold q", "hold v"]
+    assert list(found.data["run"].values) == [*ALL_PATHS, "hold k", "hold k at treated", "hold q", "hold v"]
+    assert found.paths == tuple(ALL_PATHS)
     assert found.holds == tuple(hold.label for hold in HOLDS)
     for outcome in ("score", "log_odds"):
         effect = found.effect(outcome)
@@ -346,14 +438,25 @@ def test_steps_losses_and_shares_add_up():
         assert rows.loc["step"]["share"].sum() == pytest.approx(1, rel=1e-4)
         assert list(rows.loc["step"].index) == list(STEPS)
         assert (rows["n_prompts"] == 2).all() and (rows["n_sinks"] == 3).all()
-        own = found.over_lifetime(found.effect(outcome)).sel(run="residual").to_numpy()
+        own = found.over_lifetime(outcome).sel(run="residual").to_numpy()
         assert rows.loc[("path", "residual"), "effect"] == pytest.approx((own[:2].mean() + own[2]) / 2, rel=1e-5)
         np.testing.assert_allclose(rows["share"], rows["effect"] / total["effect"], rtol=1e-5)
     frame = found.to_dataframe()
-    assert len(frame) == 2 * 3 * 7 * 4 * 4
+    assert len(frame) == 2 * 3 * 10 * 4 * 4
     np.testing.assert_allclose(frame["effect"], frame["edited"] - frame["clean"], atol=1e-6)
     assert (frame.loc[frame["run"] == "total", "left_over"] == 0).all()
-    assert "norm scales recomputed" in repr(found) and found.manifest.settings["norm_scales"] == "recomputed"
+    held = summary.reset_index().query("norm_scales == 'held'")
+    assert held["part"].tolist() == [*SCALES_HELD] * 2 and set(held["kind"]) == {"path"}
+    assert "norm scales recomputed, and held where" in repr(found)
+    assert found.manifest.settings["norm_scales"] == found.norm_scales
+    pd.testing.assert_frame_equal(found.summary("score"), found.summary().query("outcome == 'score'"))
+    for what, values in (("steps", found.steps("score")), ("lost", found.lost("score"))):
+        expected = values.mean("head").where(found.data["reading"]).mean("layer")
+        np.testing.assert_array_equal(found.over_lifetime("score", what), expected)
+    clean = found.over_lifetime("score", "edited") - found.over_lifetime("score")
+    np.testing.assert_allclose(clean, found.over_lifetime("score", "clean"), atol=1e-6)
+    with pytest.raises(InputError, match="'half' is unknown"):
+        found.over_lifetime(what="half")
 
 
 @pytest.mark.parametrize("path", ["fast", "reference"])
@@ -397,7 +500,7 @@ def test_a_result_comes_back_from_its_file(tmp_path):
     back = PathEffect.load(tmp_path / "paths.safetensors")
     assert back.data.equals(result().data)
     assert back.table.equals(result().table)
-    assert (back.manifest, back.norm_scales) == (result().manifest, "recomputed")
+    assert (back.manifest, back.norm_scales) == (result().manifest, result().norm_scales)
     pd.testing.assert_frame_equal(back.summary(), result().summary())
     effect = sc.ablate(random_lens("bridge"), two_prompts(), sinks_at(("a", POS)), layer=0, verbose=False)
     effect.save(tmp_path / "effect.safetensors")
@@ -471,6 +574,7 @@ def test_holds_that_reach_nothing_are_refused_before_any_run(row, message, path)
         ({"layer": 1, "intervention": "mean"}, "intervention 'mean' is unknown"),
         ({"layer": 1, "together": True}, "option 'together' is unknown here: there are min_queries"),
         ({"layer": 1, "batch_size": 0}, "batch_size = 0"),
+        ({"layer": 1, "norm_scales": "held"}, "norm_scales 'held' is unknown: use 'auto', 'both' or 'recomputed'"),
         ({"layer": 9}, "layer 9 is out of range"),
         ({}, "give either layer="),
     ],
