@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | coverage | notebooks | benchmark | clean
+# make demo | test | test-all | lint | format | coverage | notebooks | benchmark | profile | clean
 # The environments are made by the first target that needs them and kept: .venv (TransformerLens 3.9, the pinned one)
 # and .venv-tl43 (TransformerLens 4.3). ARGS="-k name" goes to pytest or to the demo, PYTHON names the interpreter.
 
@@ -23,7 +23,7 @@ DEV := constraints/dev.txt
 $(shell for v in $(VENV) $(VENV43); do [ ! -d $$v ] || { [ -x $$v/bin/python ] && [ "$$(cat $$v/.root 2>/dev/null)" = \
 	"$$(pwd -P)" ]; } || rm -f $$v/.ready-*; done)
 
-.PHONY: help demo test test-tl43 test-all lint format coverage notebooks benchmark clean
+.PHONY: help demo test test-tl43 test-all lint format coverage notebooks benchmark profile clean
 
 help:
 	@echo 'make demo       the pipeline from end to end, on a model that comes by pip; writes a report'
@@ -33,7 +33,8 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     ruff, changing files'
 	@echo 'make coverage   fast tests, and the lines that they do not reach'
-	@echo 'make benchmark  every script of benchmarks/'
+	@echo 'make benchmark  time and memory against peers, an hour and more; ARGS makes it shorter'
+	@echo 'make profile    where the time of the demo goes'
 
 $(VENV)/.ready-run: constraints/tl39.txt $(INPUTS)
 	$(INSTALL) $(VENV) $<
@@ -77,10 +78,10 @@ coverage: $(VENV)/.ready-dev
 	@$(BIN)/$(PYTEST) --cov=sink_circuits --cov-branch --cov-report=term-missing:skip-covered $(ARGS)
 
 benchmark: $(VENV)/.ready-run
-	@for b in benchmarks/[!_]*.py; do \
-		[ -e "$$b" ] || { echo 'no benchmarks'; break; }; \
-		echo "$$b"; $(BIN)/python "$$b" $(ARGS); \
-	done
+	@$(BIN)/python benchmarks/benchmark.py $(ARGS)
+
+profile: $(VENV)/.ready-run
+	@$(BIN)/python benchmarks/profile_demo.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV43) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache htmlcov .coverage

@@ -21,9 +21,9 @@ RESULTS = (
     "controls.safetensors",
     "report.html",
 )
+"""What `run` writes, in this order."""
 N_RANDOM = 5
 """Random perturbations per sink in the demo: few, for its time."""
-"""What `run` writes, in this order."""
 
 
 def select_sinks(
