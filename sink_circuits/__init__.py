@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sink_circuits.claims import Claims, test_claims
     from sink_circuits.controls import Controlled, randomly_initialised, with_controls
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
+    from sink_circuits.directions import norm_and_direction
     from sink_circuits.effects import Effect, interaction
     from sink_circuits.errors import SinkCircuitsError
     from sink_circuits.experiments import ablate, dose_response, layer_map, measure
@@ -51,6 +52,7 @@ _ROOMS = {
     "attribution": ("Agreement", "Attribution", "attribute"),
     "claims": ("Claims", "test_claims"),
     "controls": ("Controlled", "randomly_initialised", "with_controls"),
+    "directions": ("norm_and_direction",),
     "effects": ("Effect", "interaction"),
     "experiments": ("ablate", "dose_response", "layer_map", "measure"),
     "holds": ("Hold",),

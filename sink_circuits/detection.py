@@ -253,11 +253,42 @@ def geometry_of(clean: CleanRun, primary: int) -> Geometry:
     return Geometry(norm, norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12), torch.stack(cosines))
 
 
-def primary_direction(clean: CleanRun, layer: int, primary: int = 0, *, raw: bool = False) -> Float[Tensor, " d_model"]:
-    """Unit vector of resid_post[layer] at the primary, after subtracting the tokens' median (`raw`: as it is)."""
+def primary_direction(
+    clean: CleanRun, layer: int, primary: int | Sinks | pd.Series | None = None, *, raw: bool = False
+) -> Float[Tensor, " d_model"]:
+    """Unit vector of resid_post[layer] at the primary, after subtracting the tokens' median (`raw`: as it is).
+
+    `primary`: a position; a row of a sink table, or sinks of this one prompt, for their own primary; None to look for it in
+    this run, as `find_sinks` does. Raises InputError where there is none, and for sinks of several prompts.
+    """
+    primary = _primary_of(clean, primary)
     resid = clean.resid_post(layer).float()
     vector = resid[primary] if raw else resid[primary] - resid.median(dim=0).values
     return vector / vector.norm().clamp(min=1e-12)
+
+
+def _primary_of(clean: CleanRun, primary: int | Sinks | pd.Series | None) -> int:
+    if isinstance(primary, Sinks):
+        places = primary.table[["prompt", "primary_pos"]].drop_duplicates()
+        if len(places) != 1:
+            raise InputError(
+                f"the sinks have {len(places)} primaries, of {places['prompt'].nunique()} prompts: pass those of this run's prompt, "
+                "or one row of the table."
+            )
+        primary = int(places["primary_pos"].iloc[0])
+    elif isinstance(primary, pd.Series):
+        primary = int(primary["primary_pos"])
+    elif primary is None:
+        norm = torch.stack([clean.resid_post(one).float().norm(dim=-1) for one in range(len(clean.base))])
+        ratio = norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
+        primary = find_primary(ratio, Thresholds())
+        if primary is None:
+            raise InputError(
+                "no primary sink was found in this run: say which position, primary_direction(clean, layer, 0)."
+            )
+    if not 0 <= primary < clean.n_positions:
+        raise InputError(f"position {primary} is out of range: the text has positions 0..{clean.n_positions - 1}.")
+    return primary
 
 
 def layer_runs(state: Sequence[bool], bridge: int) -> list[tuple[int, int]]:

@@ -74,21 +74,27 @@ class Effect:
             raise InputError(f"{outcome!r} is a manipulation check, no outcome: read effect.data[{outcome!r}].")
         return _lifetime_mean(values[what], self.reading())
 
-    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per edit and outcome: mean over prompts of the effect over the lifetime, with its bootstrap interval.
+    def by_sink(self, outcome: str = "log_odds", what: str = "effect") -> pd.DataFrame:
+        """One row per sink, one column per edit: `over_lifetime` beside prompt, pos, token and kind."""
+        values = self.over_lifetime(outcome, what).transpose("sink", "edit").to_numpy()
+        columns = pd.DataFrame(values, index=self.table.index, columns=self.data["edit"].values.tolist())
+        return pd.concat([self.table[["prompt", "pos", "token", "kind"]], columns], axis=1)
+
+    def summary(self, outcome: str | None = None, *, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per edit and outcome (or of this one): mean over prompts of the effect over the lifetime, with its interval.
 
         Columns: edit, outcome, clean, edited, effect, low, high (over prompts), n_prompts, n_sinks. Intervals are NaN
         for a single prompt.
         """
         rows = []
-        for outcome in self.outcomes:
-            effects = self.over_lifetime(outcome)
-            clean = self.over_lifetime(outcome, "clean")
+        for name in self.outcomes if outcome is None else (outcome,):
+            effects = self.over_lifetime(name)
+            clean = self.over_lifetime(name, "clean")
             for edit in self.data["edit"].values:
                 values = effects.sel(edit=edit).to_numpy()
-                name = f"{self.kind}/{outcome}/{edit}"
+                seed = f"{self.kind}/{name}/{edit}"
                 estimate = statistics.bootstrap_over_prompts(
-                    values, self.table["prompt"], name=name, confidence=confidence
+                    values, self.table["prompt"], name=seed, confidence=confidence
                 )
                 base = statistics.prompt_means(
                     np.where(np.isnan(values), np.nan, clean.sel(edit=edit).to_numpy()), self.table["prompt"]
@@ -96,7 +102,7 @@ class Effect:
                 clean_mean = float(base.mean()) if len(base) else np.nan
                 rows.append(
                     {
-                        "edit": edit, "outcome": outcome, "clean": clean_mean, "edited": clean_mean + estimate.mean,
+                        "edit": edit, "outcome": name, "clean": clean_mean, "edited": clean_mean + estimate.mean,
                         "effect": estimate.mean,
                         "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n, "n_sinks": int(np.isfinite(values).sum()),
                     }
@@ -177,22 +183,27 @@ class Interaction:
 
     table: pd.DataFrame
 
-    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per edit and outcome: means over prompts, the interaction with its bootstrap interval over prompts.
+    def summary(self, outcome: str | None = None, *, confidence: float = 0.95) -> pd.DataFrame:
+        """One row per edit and outcome (or of this one): means over prompts, the interaction with its bootstrap interval over prompts.
 
         Columns: edit, outcome, separate, together, interaction, low, high, n_prompts, n_sinks, and n_alone: sinks alone
         in their prompt, which are left out.
         """
         rows = []
-        for (edit, outcome), group in self.table.groupby(["edit", "outcome"], sort=False):
+        if outcome is not None and outcome not in set(self.table["outcome"]):
+            raise InputError(
+                f"outcome {outcome!r} was not measured: there are {', '.join(self.table['outcome'].unique())}."
+            )
+        table = self.table if outcome is None else self.table[self.table["outcome"] == outcome]
+        for (edit, name), group in table.groupby(["edit", "outcome"], sort=False):
             joint = group[(group["n_joint"] > 1) & group["interaction"].notna()]
             estimate = statistics.bootstrap_over_prompts(
-                joint["interaction"], joint["prompt"], name=f"interaction/{outcome}/{edit}", confidence=confidence
+                joint["interaction"], joint["prompt"], name=f"interaction/{name}/{edit}", confidence=confidence
             )
             means = joint.groupby("prompt")[["separate", "together"]].mean().mean()
             rows.append(
                 {
-                    "edit": edit, "outcome": outcome, "separate": means["separate"], "together": means["together"],
+                    "edit": edit, "outcome": name, "separate": means["separate"], "together": means["together"],
                     "interaction": estimate.mean, "low": estimate.low, "high": estimate.high, "n_prompts": estimate.n,
                     "n_sinks": len(joint), "n_alone": int((group["n_joint"] == 1).sum()),
                 }

@@ -75,27 +75,29 @@ class MassAccount:
         """Edited minus clean, [sink, edit, layer, head, group]; sums to 0 over the groups."""
         return self.data["mass"] - self.data["clean_mass"]
 
-    def over_lifetime(self, what: str = "change") -> xr.DataArray:
+    def over_lifetime(self, outcome: str = "mass", what: str = "effect") -> xr.DataArray:
         """Mean over heads and over the layers that read the sink above the edit, [sink, edit, group]; NaN where there are none.
 
-        `what`: "change", "edited" or "clean".
+        `outcome`: "mass", the only one. `what`: "effect" (the change), "edited" or "clean". Raises InputError for others.
         """
+        if outcome != "mass":
+            raise InputError(f"outcome {outcome!r} was not measured: there is mass.")
         values = {
-            "change": self.change(),
+            "effect": self.change(),
             "edited": self.data["mass"],
             "clean": self.data["clean_mass"].broadcast_like(self.data["mass"]),
         }
         if what not in values:
-            raise InputError(f"{what!r} is unknown: use 'change', 'edited' or 'clean'.")
+            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
         return values[what].mean("head").where(self.data["reading"]).mean("layer").transpose("sink", "edit", "group")
 
-    def summary(self, confidence: float = 0.95) -> pd.DataFrame:
+    def summary(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """One row per edit and group: means over prompts over the lifetime, the change with its bootstrap interval.
 
         Columns: edit, group, clean, edited, change, low, high, n_prompts, n_sinks.
         """
         rows, prompts = [], self.table["prompt"]
-        change, clean = self.over_lifetime(), self.over_lifetime("clean")
+        change, clean = self.over_lifetime(), self.over_lifetime(what="clean")
         for edit in self.data["edit"].values:
             for group in self.data["group"].values:
                 own, before = (x.sel(edit=edit, group=group).to_numpy() for x in (change, clean))
@@ -149,12 +151,12 @@ class MassAccount:
 
 def mass_account(
     model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
-    intervention: str | Callable[[Contribution], Contribution] = "zero", others: Sinks | None = None, **options,
+    intervention: str | Callable[[Contribution], Contribution] = "zero", found: Sinks | None = None, **options,
 ) -> MassAccount:  # fmt: skip
     """Where the attention goes when an intervention is made on one MLP, or a joint set, at each sink.
 
     `intervention`: "zero" or a function of the contribution [pos, d_model]. `layer`, `layers`, `forming` as in `ablate`.
-    `others`: all sinks that are to count as such, where `sinks` are only those to treat. The axis `edit` has one label,
+    `found`: all sinks that are to count as such, where `sinks` are only those to treat. The axis `edit` has one label,
     the intervention's name. Options (`paths.OPTIONS`) as in `measure`. Raises InputError.
     """
     name = _name(intervention, "intervention", ("zero",))
@@ -164,12 +166,12 @@ def mass_account(
     settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
     edits_of = edits_at(intervention, name, layers_of)
     return measure_mass(
-        model, tokens, sinks, [name], lambda label, row: edits_of(row), others=others, settings=settings, **options
+        model, tokens, sinks, [name], lambda label, row: edits_of(row), found=found, settings=settings, **options
     )
 
 
 def measure_mass(
-    model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, others: Sinks | None = None, min_queries: int = MIN_QUERIES,
+    model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, found: Sinks | None = None, min_queries: int = MIN_QUERIES,
     batch_size: int | None = None, memory: float | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
     verbose: bool = True, settings: Mapping | None = None,
 ) -> MassAccount:  # fmt: skip
@@ -182,7 +184,7 @@ def measure_mass(
     _check_options(adapter, min_queries, batch_size, path, memory=memory)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
-    known = table if others is None else pd.concat([table, others.table], ignore_index=True)
+    known = table if found is None else pd.concat([table, found.table], ignore_index=True)
     plan = [[tuple(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
     for prompt, cells in zip(table["prompt"], plan, strict=True):
         for edit in (edit for cell in cells for edit in cell):

@@ -133,7 +133,9 @@ def test_dose_response(backend, path, where):
 @pytest.mark.parametrize(("backend", "path"), PATHS)
 @pytest.mark.parametrize("method", ["zero", "mean"])
 def test_ablation_of_a_joint_set(backend, path, method):
-    effect = sc.ablate(lens(backend), list(TEXTS), secondary(), layers=[6, 7], intervention=method, path=path, verbose=False)
+    effect = sc.ablate(
+        lens(backend), list(TEXTS), secondary(), layers=[6, 7], intervention=method, path=path, verbose=False
+    )
     ordinary = [[p for p in range(4, 96) if (text, p) not in TREATED] for text in (0, 1)]
     donors = torch.cat([run(text).contributions[:, keep] for text, keep in enumerate(ordinary)], dim=1).mean(1)
     if method == "mean":
@@ -381,6 +383,19 @@ def test_summary_is_a_bootstrap_over_prompts():
     assert summary.loc["loss", 1].effect == pytest.approx(
         (effect.data.loss.values[:, 0] - effect.data.clean_loss.values).mean()
     )
+
+
+def test_one_outcome_alone_and_one_row_per_sink():
+    effect = made_up()
+    pd.testing.assert_frame_equal(
+        effect.summary("log_odds"), effect.summary().query("outcome == 'log_odds'").reset_index(drop=True)
+    )
+    table = effect.by_sink("score", "edited")
+    assert table[["prompt", "pos", "token", "kind"]].equals(effect.table[["prompt", "pos", "token", "kind"]])
+    for edit in effect.data["edit"].values:
+        np.testing.assert_array_equal(table[edit], effect.over_lifetime("score", "edited").sel(edit=edit))
+    with pytest.raises(InputError, match="'magic' was not measured"):
+        effect.summary("magic")
 
 
 def test_one_prompt_has_no_interval():

@@ -74,7 +74,7 @@ def test_masses_are_those_by_hand(backend, path):
     """Two sinks, each the other's "other sink", in one run each."""
     tokens, known = prompt((SINK, 20)), planted_sinks(SINK, 20)
     found = mass_account(
-        lens(backend), tokens, known.select("secondary"), layers=(6, 7), others=known, path=path, verbose=False
+        lens(backend), tokens, known.select("secondary"), layers=(6, 7), found=known, path=path, verbose=False
     )
     assert found.manifest.path == path
     clean = by_hand(tokens).pattern
@@ -170,7 +170,7 @@ def test_groups_cover_every_key_once(case):
 def result() -> MassAccount:
     tokens = sc.Tokens((prompt(), prompt((30,), 96, "b")), ("a", "b"))
     known = sc.find_sinks(lens(), tokens, verbose=False)
-    return mass_account(lens(), tokens, known.select("secondary"), layers=(6, 7), others=known, verbose=False)
+    return mass_account(lens(), tokens, known.select("secondary"), layers=(6, 7), found=known, verbose=False)
 
 
 def test_the_summary_adds_up():
@@ -186,8 +186,8 @@ def test_the_summary_adds_up():
     frame = result().to_dataframe()
     assert len(frame) == 2 * 24 * 4 * len(GROUPS)
     np.testing.assert_allclose(frame["change"], frame["edited"] - frame["clean"], atol=1e-7)
-    with pytest.raises(InputError, match="'effect' is unknown: use 'change', 'edited' or 'clean'"):
-        result().over_lifetime("effect")
+    with pytest.raises(InputError, match="'change' is unknown: use 'effect', 'edited' or 'clean'"):
+        result().over_lifetime(what="change")
 
 
 def test_a_result_comes_back_from_its_file(tmp_path):
