@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
+from sink_circuits.report_command import Report
 from sink_circuits.sweep_command import Sweep
 
 Kind = Literal["primary", "secondary", "primary-like"]
@@ -511,6 +512,7 @@ COMMANDS: dict[str, Callable] = {
     "claims": Claims,
     "calibrate": Calibrate,
     "sweep": Sweep,
+    "report": Report,
     "demo": Demo,
 }
 DESCRIPTION = """Find attention sinks in language models, and prove by intervention which MLPs form them.

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sink_circuits.anatomy_of_one import anatomy_of_one
 from sink_circuits.controls import with_controls
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import ablate, dose_response, layer_map
-from sink_circuits.prompts import Tokens, token_texts
-from sink_circuits.scores import sink_scores
+from sink_circuits.prompts import Tokens
+from sink_circuits.token_scores import token_scores
 
 RESULTS = (
     "sinks.parquet",
@@ -101,13 +102,15 @@ def run(
             model, tokens, sinks, layer="forming", forming=forming, found=found, n_random=N_RANDOM, **options
         )
         controlled.save(folder / "controls.safetensors")
-        first = sinks.table["prompt"].iloc[0]
-        shown = Tokens((tokens.ids[tokens.names.index(first)],), (first,))
+        shown = token_scores(model, tokens, [sinks.table["prompt"].iloc[0]], **needed)
+        shown.save(folder / "token_scores.safetensors")
+        parts, missing = anatomy_of_one(model, tokens, sinks, forming, verbose=verbose)
+        for part in parts:
+            part.save(folder / f"{part.kind}.safetensors")
         report = folder / "report.html"
         write_report(
-            report, sinks=found, effects=[mapped, dosed, ablated], texts={first: token_texts(model, shown.ids[0])},
-            scores={first: sink_scores(model, shown, **needed).scores[0]}, title=f"Attention sinks in {found.manifest.model}",
-            command=command, controls=controlled,
+            report, sinks=found, results=[mapped, dosed, ablated, controlled, *parts], texts=shown.texts, scores=shown.scores,
+            title=f"Attention sinks in {found.manifest.model}", command=command, notes=missing,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         kept = [name for name in RESULTS if (folder / name).is_file()]

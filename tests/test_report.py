@@ -18,6 +18,9 @@ from sink_circuits import figures, planted, report
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import Effect
+from sink_circuits.report import page as page_module
+from sink_circuits.report import text as words
+from sink_circuits.report.sections import causal_sections, lift_title
 
 NAMES = ["</script><img src=x onerror=alert(1)>", "b & <i>c</i>"]
 CHROMIUM = next(
@@ -49,7 +52,7 @@ def made():
 def page_of(made, **changed):
     parts = {
         "sinks": made.sinks,
-        "effects": made.effects,
+        "results": made.effects,
         "texts": made.texts,
         "scores": made.scores,
         "title": "A <b>title</b>",
@@ -61,6 +64,11 @@ def page_of(made, **changed):
 @pytest.fixture(scope="module")
 def page(made):
     return page_of(made)
+
+
+def answers(effects):
+    """What the page says of each, before anything is drawn."""
+    return [section.answer for section in causal_sections(effects)]
 
 
 def one_prompt(effect):
@@ -123,7 +131,7 @@ def test_table_holds_every_sink(made, page):
 
 
 def test_write_report_never_overwrites_unasked(made, tmp_path):
-    call = {"sinks": made.sinks, "effects": [], "texts": {}, "scores": None}
+    call = {"sinks": made.sinks}
     report.write_report(tmp_path / "r.html", **call)
     with pytest.raises(ResultError, match="exists already"):
         report.write_report(tmp_path / "r.html", **call)
@@ -133,7 +141,7 @@ def test_write_report_never_overwrites_unasked(made, tmp_path):
 
 def test_page_without_experiments_or_sinks(made):
     none = Sinks(made.sinks.table.iloc[:0], made.sinks.prompts, made.sinks.manifest)
-    text = Elements(page_of(made, sinks=none, effects=[], texts={}, scores=None, command="")).text
+    text = Elements(page_of(made, sinks=none, results=[], texts={}, scores=None, command="")).text
     assert "In 2 prompts, no sink was found." in text
     assert "Nothing was intervened on" in text
     assert "No experiment was given." in text
@@ -143,7 +151,7 @@ def test_results_of_two_models_are_refused(made):
     other = dataclasses.replace(made.effects[0].manifest, weights="other")
     effect = Effect("layer_map", made.effects[0].data, made.effects[0].table, other)
     with pytest.raises(ResultError, match="of 2 different models"):
-        page_of(made, effects=[effect])
+        page_of(made, results=[effect])
 
 
 def test_texts_and_scores_must_fit(made):
@@ -157,17 +165,17 @@ def test_texts_and_scores_must_fit(made):
 
 # --------------------------------------------------------------------------------------------------- its sentences
 def test_answers_hold_the_numbers_of_the_summary(made):
-    found, _, _, ablation = report.answers(made.sinks, made.effects)
-    assert found == "In 2 prompts, 3 secondary and 2 primary sinks were found."
+    _, _, ablation = answers(made.effects)
+    assert words.found(made.sinks) == "In 2 prompts, 3 secondary and 2 primary sinks were found."
     row = made.effects[2].summary().set_index("outcome").loc["log_odds"]
     assert row["high"] < 0
-    assert f"differ by {report._number(row['effect'])} [" in ablation
+    assert f"differ by {words.number(row['effect'])} [" in ablation
     assert "95% interval over 2 prompts, too few to decide a direction" in ablation
     assert "MLPs 6 and 7 together" in ablation
 
 
 def test_no_direction_without_an_interval(made):
-    (text,) = report.answers(made.sinks, [one_prompt(made.effects[2])])[1:]
+    (text,) = answers([one_prompt(made.effects[2])])
     assert "differ by −" in text
     assert "1 prompt, not enough for an interval" in text
     assert "fall" not in text
@@ -188,9 +196,9 @@ def test_no_direction_without_an_interval(made):
     ],
 )
 def test_a_direction_is_named_only_when_the_interval_excludes_zero(low, high, n, said):
-    text = report._moved({"effect": -1.0, "low": low, "high": high, "n_prompts": n})
+    text = words.moved({"effect": -1.0, "low": low, "high": high, "n_prompts": n})
     assert said in text
-    assert said.partition("]")[0] + "] nats" in report._moved(
+    assert said.partition("]")[0] + "] nats" in words.moved(
         {"effect": -1.0, "low": low, "high": high, "n_prompts": n}, "nats"
     ) or np.isnan(low)
 
@@ -208,16 +216,16 @@ def test_a_direction_is_named_only_when_the_interval_excludes_zero(low, high, n,
     ],
 )
 def test_numbers_are_written_with_three_digits(value, text):
-    assert report._number(value) == text.replace("-", "−")
+    assert words.number(value) == text.replace("-", "−")
 
 
 def test_limits_follow_from_what_was_done(made):
-    text = " ".join(report.limits(made.sinks, made.effects))
+    text = " ".join(words.limits(made.sinks, made.effects))
     assert "stand in for each other" in text
     assert "over prompts, 2 here" in text
     assert "rough" in text
     assert "no second confirmation" not in text
-    joint = " ".join(report.limits(made.sinks, made.effects[2:]))
+    joint = " ".join(words.limits(made.sinks, made.effects[2:]))
     assert "stand in for each other" not in joint
     assert "picked from the map" not in joint
 
@@ -229,15 +237,15 @@ def with_settings(effect, **changed):
 
 def test_a_layer_picked_on_the_same_prompts_is_a_limit(made):
     picked = with_settings(made.effects[2], layers="forming")
-    assert "no second confirmation" in " ".join(report.limits(made.sinks, [made.effects[0], picked]))
-    assert "each sink's own forming MLP" in report.answers(made.sinks, [picked])[1]
+    assert "no second confirmation" in " ".join(words.limits(made.sinks, [made.effects[0], picked]))
+    assert "each sink's own forming MLP" in answers([picked])[0]
 
 
 def test_dose_response_is_told_by_its_two_ends(made):
     rows = made.effects[1].summary().query("outcome == 'log_odds'").set_index("edit")["effect"]
-    (text,) = report.answers(made.sinks, [made.effects[1]])[1:]
-    assert f"at factor 0 their attention log-odds differ by {report._number(rows[0.0])} [" in text
-    assert f"at factor 4 their attention log-odds differ by {report._number(rows[4.0], signed=True)} [" in text
+    (text,) = answers([made.effects[1]])
+    assert f"at factor 0 their attention log-odds differ by {words.number(rows[0.0])} [" in text
+    assert f"at factor 4 their attention log-odds differ by {words.number(rows[4.0], signed=True)} [" in text
     assert text.count("nats (95% interval over 2 prompts, too few to decide a direction)") == 2
 
 
@@ -252,34 +260,34 @@ def test_every_answer_leads_to_its_section(made, page):
 
 
 def test_page_says_which_sinks_were_treated(made):
-    assert report.treated(made.sinks, made.effects) == (
+    assert page_module.treated(made.sinks, made.effects) == (
         "The experiments treat 3 of 3 secondary sinks, numbered as in the table above. No primary sink was treated."
     )
     secondary = made.sinks.table.index[made.sinks.table["kind"] == "secondary"]
     rows = [0, 2]
     effect = made.effects[2]
     some = Effect(effect.kind, effect.data.isel(sink=rows), effect.table.iloc[rows], effect.manifest)
-    said = report.treated(made.sinks, [some])
+    said = page_module.treated(made.sinks, [some])
     assert f"treat 2 of 3 secondary sinks, numbered as in the table above. Left out: sink {secondary[1]}." in said
-    assert report.treated(made.sinks, []) == ""
+    assert page_module.treated(made.sinks, []) == ""
 
 
 def test_model_and_data_are_on_the_page(made, page):
     config = planted.minimal().hf_model.config
-    facts = dict(report._facts(made.sinks, made.effects))
+    facts = dict(page_module._facts(made.sinks, made.effects))
     assert facts["Size"] == f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads in each"
     assert facts["Prompts"] == f"2: {', '.join(NAMES)}"
     assert facts["Tokens (hash)"] == made.sinks.manifest.tokens
     assert facts["Execution path"].startswith("fast: the plain Hugging Face module")
     many = Sinks(made.sinks.table, tuple(f"p{n}" for n in range(20)), made.sinks.manifest)
-    assert dict(report._facts(many, []))["Prompts"].endswith("p10, p11 and 8 more")
-    assert "Size" not in dict(report._facts(many, []))
+    assert dict(page_module._facts(many, []))["Prompts"].endswith("p10, p11 and 8 more")
+    assert "Size" not in dict(page_module._facts(many, []))
     text = Elements(page).text
     assert all(value in text for name, value in facts.items() if name != "Prompts")
 
 
 def test_settings_are_listed_flat_and_once(made):
-    found, *others = report._models([made.sinks, *made.effects])
+    found, *others = page_module._models([made.sinks, *made.effects])
     assert "cosine = 0.9" in found["settings"]
     assert "first_positions = not set" in found["settings"]
     assert "thresholds" not in found["settings"]
@@ -287,7 +295,7 @@ def test_settings_are_listed_flat_and_once(made):
         assert one["settings"].endswith("; sinks found as above")
         assert "cosine" not in one["settings"]
     other = with_settings(made.effects[0], found={"thresholds": {"cosine": 0.5}})
-    assert "cosine = 0.5" in report._models([made.sinks, other])[1]["settings"]
+    assert "cosine = 0.5" in page_module._models([made.sinks, other])[1]["settings"]
 
 
 def test_titles_of_figures_stand_in_the_page(made, page):
@@ -299,7 +307,7 @@ def test_titles_of_figures_stand_in_the_page(made, page):
         assert f">{heading}</h4>" in page
     figure = figures.effect_figure(made.effects[0], "log_odds")
     top, height = figure.layout.margin.t, figure.layout.height
-    heading, note = report._lift_title(figure)
+    heading, note = lift_title(figure)
     assert heading == "Effect of editing one MLP on the attention log-odds"
     assert note.startswith("planted: 3 secondary sinks, 2 prompts. Bars: 95% interval over 2 prompts. Shaded: ")
     assert figure.layout.title.text is None

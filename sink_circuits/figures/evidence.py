@@ -351,6 +351,128 @@ def _told(row: dict) -> str:
     )
 
 
+# Many edits, attributions, sweeps.
+
+
+def edits_figure(effect, outcome: str = "score") -> go.Figure:
+    """The effect of every edit with its interval, one below the other: for more edits than lines can be told apart.
+
+    Means over prompts of the effect over the lifetime (`Effect.summary`). Raises InputError for an outcome that was not measured.
+    """
+    effect.over_lifetime(outcome)  # refuses what is no outcome
+    table = effect.summary()
+    table = table[table["outcome"] == outcome].reset_index(drop=True)
+    labels = [safe(str(edit)) for edit in table["edit"]]
+    figure = _panels(["over the layers that read the sink"], [len(table)])
+    _name_rows(figure, 1, labels)
+    figure.add_trace(_points(table, "effect", labels, "effect", VERMILLION, "circle").update(showlegend=False))
+    figure.update_xaxes(title_text=f"change, {axis(outcome)}")
+    text = f"{whose(effect)}; {layers_of(effect)} edited. {bars(table)}"
+    return _finished(
+        figure, f"Effect of every edit on the {named(outcome)}", text, height=120 + 22 * max(4, len(table))
+    )
+
+
+def attribution_figure(result) -> go.Figure:
+    """Attributed beside exact effects: above by layer, means over prompts with intervals; below every sink and layer.
+
+    On the dotted line the attribution is what an exact removal gives.
+    """
+    layers = result.data["layer"].to_numpy()
+    figure = make_subplots(
+        rows=2, cols=1, vertical_spacing=0.16, row_heights=[0.5, 0.5],
+        subplot_titles=["by layer of the MLP", "every sink and layer (dotted: equal)"],
+    )  # fmt: skip
+    outcome, prompts = str(result.manifest.settings.get("outcome", "log_odds")), result.table["prompt"]
+    for name, label, colour, dash, marker in (
+        ("exact", "exact removal", BLUE, "solid", "circle"), ("attribution", "attributed", VERMILLION, "dash", "square"),
+    ):  # fmt: skip
+        values = result.data[name].transpose("sink", "layer").to_numpy().astype(float)
+        estimates = [
+            bootstrap_over_prompts(own, prompts, name=f"attribution/{name}/{layer}")
+            for layer, own in zip(layers, values.T, strict=True)
+        ]
+        rows = pd.DataFrame({"mean": e.mean, "low": e.low, "high": e.high, "n_prompts": e.n} for e in estimates)
+        trace = interval_trace(layers, rows, "mean", colour, label, "layer %{x}", dash=dash, marker=marker)
+        figure.add_trace(trace, row=1, col=1)
+    exact, attributed = (
+        result.data[name].transpose("sink", "layer").to_numpy().astype(float).ravel()
+        for name in ("exact", "attribution")
+    )
+    dots = go.Scatter(
+        x=nones(exact), y=nones(attributed), mode="markers", showlegend=False, name="sink and layer",
+        marker={"size": 6, "color": INK, "symbol": "circle-open"}, text=[f"layer {layer}" for layer in layers] * len(result.table),
+        hovertemplate="%{text}: exact %{x:.3g}, attributed %{y:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure.add_trace(dots, row=2, col=1)
+    both = np.isfinite(exact) & np.isfinite(attributed)
+    if both.any():
+        ends = [float(f(np.r_[exact[both], attributed[both]])) for f in (np.min, np.max)]
+        line = go.Scatter(
+            x=ends,
+            y=ends,
+            mode="lines",
+            showlegend=False,
+            hoverinfo="skip",
+            line={"color": MUTED, "width": 1, "dash": "dot"},
+        )
+        figure.add_trace(line, row=2, col=1)
+    figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=1, col=1)
+    figure.update_xaxes(title_text="layer", row=1, col=1, **layer_ticks(layers))
+    figure.update_yaxes(title_text=f"change, {axis(outcome)}", row=1, col=1)
+    figure.update_xaxes(title_text=f"exact effect, {axis(outcome)}", row=2, col=1)
+    figure.update_yaxes(title_text="attributed effect", row=2, col=1)
+    mean = float(result.agreement.table["rank_correlation"].mean())
+    method = str(result.manifest.settings.get("method", "")).replace("_", " ")
+    text = f"{whose(result)}; {method}. {bars(rows)} Rank correlation over layers: {mean:.2f} (mean over sinks)."
+    return finish(figure, f"Attributed and exact effects on the {named(outcome)}", text, height=620, bottom=56)
+
+
+def sweep_figure(result, outcome: str = "log_odds") -> go.Figure:
+    """Effects of a sweep: a panel per model and intervention, layers on the horizontal axis, a line with intervals per factor.
+
+    Means over prompts (`SweepResult.summary`); factor 1 is the clean model and is left out. Raises InputError for an outcome that was
+    not measured, or when nothing is done yet.
+    """
+    table = result.summary([outcome])
+    table = table[(table["factor"] != 1) & table["effect"].notna()]
+    if not len(table):
+        raise InputError(f"no cell of this sweep has a defined effect on {outcome!r} yet: run the sweep on.")
+    panels = list(dict.fromkeys(zip(table["model"], table["intervention"], strict=True)))
+    titles = [safe(f"{str(model).rstrip('/').rsplit('/', 1)[-1]}, {intervention}") for model, intervention in panels]
+    figure = make_subplots(
+        rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=min(0.16, 0.4 / len(panels))
+    )
+    factors = sorted(table["factor"].unique())
+    shown: set[float] = set()
+    for row, (model, intervention) in enumerate(panels, 1):
+        own = table[(table["model"] == model) & (table["intervention"] == intervention)]
+        layers = list(dict.fromkeys(own["layers"]))
+        for number, factor in enumerate(factors):
+            mine = own[own["factor"] == factor]
+            if not len(mine):
+                continue
+            colour, marker, dash = LOOKS[number % len(LOOKS)]
+            trace = interval_trace(
+                [safe(one) for one in mine["layers"]],
+                mine,
+                "effect",
+                colour,
+                f"factor {factor:g}",
+                "layer %{x}",
+                dash=dash,
+                marker=marker,
+            )
+            figure.add_trace(trace.update(showlegend=factor not in shown, legendgroup=str(factor)), row=row, col=1)
+            shown.add(factor)
+        figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=row, col=1)
+        figure.update_xaxes(type="category", categoryorder="array", categoryarray=layers, row=row, col=1)
+        figure.update_yaxes(title_text=f"change, {axis(outcome)}", row=row, col=1)
+    figure.update_xaxes(title_text="edited layer (joined by +: a joint set)", row=len(panels), col=1)
+    text = f"{len(result.cells)} cells, {int((result.cells['state'] == 'done').sum())} done. {bars(table)}"
+    return finish(figure, f"Sweep: effect on the {named(outcome)}", text, height=140 + 270 * len(panels), bottom=56)
+
+
 # What the figures share.
 
 

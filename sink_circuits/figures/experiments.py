@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from sink_circuits import statistics
 from sink_circuits.errors import InputError
+from sink_circuits.figures.evidence import edits_figure
 from sink_circuits.figures.look import (
     BLUE,
     DIVERGING,
@@ -35,16 +36,21 @@ from sink_circuits.figures.look import (
     whose,
 )
 
+MAX_EDITS = 5
+"""Edits that are told apart as lines of one panel."""
+
 
 def effect_figure(effect, outcome: str = "score") -> go.Figure:
     """The figure of this kind of experiment: layer map, dose-response, or clean against edited by layer for all others.
 
-    Raises InputError for an outcome that was not measured.
+    More than `MAX_EDITS` of those stand one below the other instead. Raises InputError for an outcome that was not measured.
     """
     if effect.kind == "layer_map":
         return layer_map_figure(effect, outcome)
     if effect.kind == "dose_response":
         return dose_response_figure(effect, outcome)
+    if effect.data.sizes["edit"] > MAX_EDITS:
+        return edits_figure(effect, outcome)
     return ablation_figure(effect, outcome)
 
 

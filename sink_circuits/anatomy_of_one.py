@@ -1,0 +1,57 @@
+"""The anatomy that the circuit diagram needs, of one sink: stages of its MLP, writers and erasers, neurons, heads that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from sink_circuits import anatomy
+from sink_circuits.anatomy.result import Anatomy
+from sink_circuits.detection import Sinks
+from sink_circuits.errors import InputError, ModelError
+from sink_circuits.prompts import Tokens, as_tokens
+
+
+def strongest_sink(sinks: Sinks, forming: pd.Series | None = None) -> tuple[Sinks, pd.Series | None]:
+    """The sink with the highest defined score, those that are no primary first, and its forming layer where one is given."""
+    table = sinks.table.reset_index(drop=True)
+    order = table.assign(later=table["kind"] != "primary").sort_values(
+        ["later", "score"], ascending=False, kind="stable"
+    )
+    row = int(order.index[0])
+    one = Sinks(table.iloc[[row]].reset_index(drop=True), sinks.prompts, sinks.manifest)
+    return one, None if forming is None else pd.Series([int(forming.iloc[row])])
+
+
+def anatomy_of_one(
+    model, tokens, sinks: Sinks, forming: pd.Series | None = None, *, verbose: bool = True
+) -> tuple[list[Anatomy], list[str]]:  # fmt: skip
+    """(results, sentences about what this model does not have) of the strongest of these sinks.
+
+    `forming`: the sinks' forming layers; found by a layer map of that sink when None. A part that a model's architecture does
+    not have is left out and named. Raises InputError when there are no sinks.
+    """
+    if not len(sinks):
+        raise InputError("there are no sinks to take apart: find some first, or give other texts.")
+    one, own = strongest_sink(sinks, forming)
+    tokens = as_tokens(model, tokens)
+    prompt = one.table["prompt"].iloc[0]
+    text = Tokens((tokens.ids[tokens.names.index(prompt)],), (prompt,))
+    layer: dict = {"layer": "forming", "forming": own}
+    if own is None:
+        from sink_circuits.anatomy.reading import layers_of
+
+        layer = {"layer": layers_of(model, text, one, "forming", None, verbose)[0]}
+    parts: tuple[tuple[str, Callable[..., Anatomy], dict], ...] = (
+        ("mlp_stages", anatomy.mlp_stages, layer), ("writers", anatomy.writers, {}), ("neurons", anatomy.neurons, layer),
+        ("key_query_geometry", anatomy.key_query_geometry, {}),
+    )  # fmt: skip
+    results: list[Anatomy] = []
+    missing: list[str] = []
+    for name, part, options in parts:
+        try:
+            results.append(part(model, text, one, verbose=False, **options))
+        except (InputError, ModelError) as error:
+            missing.append(f"No {name.replace('_', ' ')}: {error}")
+    return results, missing
