@@ -408,8 +408,8 @@ def _circuit(by_kind: Mapping[str, Anatomy]) -> Section | None:
     )
     head = (("component", TEXT), ("role", TEXT), ("layer", ""), ("weight", ""))
     caption = (
-        "The measured weights. Writer: share of what stands after the sink's first layer; carrier, eraser: share of the peak; neuron: share "
-        "of its MLP's write; reader: mean attention that the sink gets."
+        "The measured weights. Writer: share of what stands after the sink's first layer; carrier, eraser: share of the peak; neuron: "
+        "share of its MLP's write; reader: mean attention that the sink gets."
     )
     drawn = (_drawn("circuit-figure", figures.circuit_figure(writers, *parts, sink=sink)),)
     said = f"Of the sink at position {own['pos']} of {own['prompt']}: {'; '.join(answer)}." if answer else ""
@@ -417,7 +417,7 @@ def _circuit(by_kind: Mapping[str, Anatomy]) -> Section | None:
 
 
 def circuit_sink(by_kind: Mapping[str, Anatomy]) -> int:
-    """The row of the writers' table whose circuit is drawn: one whose neurons and heads were measured too, no primary if possible."""
+    """The row of the writers' table whose circuit is drawn: whose neurons and heads were measured too, no primary if possible."""
     table = by_kind["writers"].table
     keys = [tuple(row) for row in table[["prompt", "pos", "l_start"]].itertuples(index=False)]
     held = np.zeros(len(table), dtype=int)
