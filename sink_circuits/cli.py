@@ -14,6 +14,7 @@ import tyro
 
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 from sink_circuits.report_command import Report
+from sink_circuits.reproduce_command import Reproduce
 from sink_circuits.sweep_command import Sweep
 
 Kind = Literal["primary", "secondary", "primary-like"]
@@ -513,6 +514,7 @@ COMMANDS: dict[str, Callable] = {
     "calibrate": Calibrate,
     "sweep": Sweep,
     "report": Report,
+    "reproduce": Reproduce,
     "demo": Demo,
 }
 DESCRIPTION = """Find attention sinks in language models, and prove by intervention which MLPs form them.
