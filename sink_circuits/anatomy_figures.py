@@ -134,7 +134,7 @@ def writers_figure(result) -> go.Figure:
 
 def neurons_figure(result, n_shown: int = 8) -> go.Figure:
     """How few neurons carry the write (share by number, a line per sink), and what the input of the largest looks like."""
-    below = f"MLP input's cosine with the {n_shown} largest neurons' weights"
+    below = f"input's cosine with the {n_shown} largest ones' weights"
     figure = _stacked(["share of the MLP's write, largest neurons first", below], 0.4)
     writes = result.data["write"].to_numpy().astype(float)
     at = np.unique(np.geomspace(1, writes.shape[1], min(writes.shape[1], 120)).round().astype(int))
@@ -373,7 +373,7 @@ def key_query_geometry_figure(result) -> go.Figure:
         "key_norm": "norm of the key",
         "logit": "attention logit (query . key, scaled)",
     }
-    figure = _stacked([f"{title}: sink against ordinary" for title in panels.values()])
+    figure = _stacked(list(panels.values()))
     frame = result.to_dataframe()
     for row, what in enumerate(panels, 1):
         given = frame.dropna(subset=[what, f"{what}_ordinary"])

@@ -47,7 +47,7 @@ class Report:
 
     def run(self) -> None:
         self._check_options()
-        from sink_circuits.report import read_results, sinks_of, write_report
+        from sink_circuits.report import read_results, render, sinks_of, write_report
         from sink_circuits.token_scores import TokenScores
 
         results = read_results(self.results)
@@ -61,12 +61,10 @@ class Report:
         shown = [one for one in results if type(one).__name__ not in ("Sinks", "TokenScores")]
         if not any(type(one).__name__ == "Sinks" for one in results):
             notes.append("No table of all sinks was among the results: those shown are the ones that they treat.")
-        # What does not fit is told before a model is loaded, and nothing is written before the page is whole.
         options = {"title": self.title, "command": shlex.join(["sink-circuits", *sys.argv[1:]])}
-        from sink_circuits.report import render
-
-        render(sinks=sinks, results=shown, texts=texts, scores=scores or None, notes=notes, **options)
         if self.model is not None:
+            # What does not fit is told before a model is loaded.
+            render(sinks=sinks, results=shown, texts=texts, scores=scores or None, notes=notes, **options)
             more = self._with_model(sinks, shown)
             texts, scores, shown, notes = texts | more[0], scores | more[1], [*shown, *more[2]], [*notes, *more[3]]
         write_report(

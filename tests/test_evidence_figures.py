@@ -1,60 +1,27 @@
 """Figures of evidence and the circuit diagram hold the numbers of the results that they draw."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
-import xarray as xr
+from measured import measured
 
-import sink_circuits as sc
-from sink_circuits import anatomy, figures, planted
-from sink_circuits.claims import HYPOTHESES, Claims, judge, verdicts_of
+from sink_circuits import figures
+from sink_circuits.claims import HYPOTHESES
 from sink_circuits.errors import InputError
 from sink_circuits.figures.circuit import ROLES
 
-QUIET = {"verbose": False}
 HOSTILE = "<b>&x</b>\u202e"
 
 
 @pytest.fixture(scope="module")
 def results():
-    torch.set_num_threads(1)
-    plant = planted.minimal()
-    model = plant.bridge()
-    tokens = sc.Tokens((plant.tokens(), plant.tokens(seed_name="b", sinks=(30, 55))), ("a", "b"))
-    found = sc.find_sinks(model, tokens, **QUIET)
-    sinks = found.select("secondary")
-    return SimpleNamespace(
-        sinks=sinks,
-        mass=sc.mass_account(model, tokens, sinks, layers=[6, 7], others=found, **QUIET),
-        paths=sc.path_effects(model, tokens, sinks, layer=6, **QUIET),
-        controls=sc.with_controls(model, tokens, sinks, layer=6, found=found, n_random=3, **QUIET),
-        writers=anatomy.writers(model, tokens, found, **QUIET),
-        neurons=anatomy.neurons(model, tokens, sinks, layer=6, **QUIET),
-        heads=anatomy.key_query_geometry(model, tokens, sinks, **QUIET),
-    )
+    return measured()
 
 
 @pytest.fixture(scope="module")
 def claims(results):
-    """Claims judged by the rule from numbers that are written here: every verdict of a hypothesis occurs."""
-    prompts = [f"p{i}" for i in range(12)]
-    spread = np.linspace(-0.05, 0.05, 12)
-    values = {
-        h.name: (2 if h.alternative == "greater" else -2) + spread for h in HYPOTHESES if h.name != "levels recur"
-    }
-    values["alignment matters"] = -values["alignment matters"]  # fails: the other side
-    values["more than a disturbance"] = 3 * np.where(np.arange(12) % 2, 1.0, -1.0)  # open
-    values["recovers"] = 0.02 + 0.01 * spread  # there, but within its margin
-    levels = {"estimate": 30.0, "p": 0.0001, "p_against": 1.0, "n_prompts": 12, "n_sinks": 20}
-    table = judge(values, pd.Series(prompts), levels)
-    data = xr.Dataset({"value": (("hypothesis", "sink"), np.stack(list(values.values())))})
-    return Claims(
-        verdicts_of(table), table, 6, (6, 7), data, results.sinks.table, pd.DataFrame(), results.sinks.manifest
-    )
+    return results.claims
 
 
 def named(figure, name):
@@ -135,16 +102,17 @@ def test_paths_are_nested_and_add_up(results, outcome):
     figure = results.paths.plot(outcome)
     table = results.paths.summary()
     table = table[table["outcome"] == outcome]
-    for kind in ("path", "step", "hold"):
+    held = table["part"].str.endswith("norm scales held")
+    for kind in ("path", "held path", "step", "hold"):
         (trace,) = named(figure, kind)
-        own = table[table["kind"] == kind]
+        own = table[held] if kind == "held path" else table[(table["kind"] == kind) & ~held]
         same(trace.x, own["effect"])
         low, high = ends(trace)
         same(low, own["low"])
         same(high, own["high"])
     assert sum(named(figure, "step")[0].x) == pytest.approx(named(figure, "path")[0].x[-1], rel=1e-5)
-    assert "left over" in figure.layout.yaxis2.ticktext[-1]
-    assert figure.layout.xaxis.range == figure.layout.xaxis3.range
+    assert "left over" in figure.layout.yaxis3.ticktext[-1]
+    assert figure.layout.xaxis.range == figure.layout.xaxis4.range
     with pytest.raises(InputError, match="was not measured"):
         results.paths.plot("loss")
 
@@ -203,7 +171,7 @@ def test_claims_draw_estimates_intervals_margins_and_verdicts(claims):
 
 def test_circuit_edges_are_the_measured_weights(results):
     writers, sink = results.writers, int(np.flatnonzero(results.writers.table["kind"] == "secondary")[0])
-    edges = figures.circuit_edges(writers, results.neurons, results.heads, sink=sink)
+    edges = figures.circuit_edges(writers, results.neurons, results.key_query_geometry, sink=sink)
     top = writers.top(50)
     top = top[top["sink"] == sink].set_index(["role", "component"])["share"]
     for edge in edges[edges["role"].isin(["writer", "carrier", "eraser"])].itertuples():
@@ -216,13 +184,15 @@ def test_circuit_edges_are_the_measured_weights(results):
     assert set(named_neurons["target"]) == {"L6 mlp"}
     assert "L6 mlp" in edges["component"].tolist()
     readers = edges[edges["role"] == "reader"].sort_values("weight", ascending=False)
-    assert readers["weight"].tolist() == sorted(results.heads.data["score"][0].to_numpy().tolist(), reverse=True)
+    assert readers["weight"].tolist() == sorted(
+        results.key_query_geometry.data["score"][0].to_numpy().tolist(), reverse=True
+    )
     assert edges["layer"].is_monotonic_increasing
 
 
 def test_the_diagram_draws_every_edge_with_its_weight(results):
     sink = int(np.flatnonzero(results.writers.table["kind"] == "secondary")[0])
-    args = (results.writers, results.neurons, results.heads)
+    args = (results.writers, results.neurons, results.key_query_geometry)
     edges, figure = figures.circuit_edges(*args, sink=sink), figures.circuit_figure(*args, sink=sink)
     for role, (name, _, dash) in ROLES.items():
         drawn = sorted(trace.customdata[0] for trace in named(figure, name))

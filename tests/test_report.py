@@ -378,16 +378,28 @@ def probed(page):
     return text.replace('<details class="cv">', '<details class="cv" open>').replace("<details>", "<details open>")
 
 
-def seen_in(dom, log, width):
+def in_a_frame(page, folder, width, n_figures=5):
+    """What is seen at a phone's width: Chromium's own window is never narrower than 500 px, a frame in it can be."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    frame = (
+        f'<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe><script>'
+        'addEventListener("message", (e) => { document.documentElement.dataset.seen = JSON.stringify(e.data); });</script>'
+    )
+    (folder / "phone.html").write_text(frame, encoding="utf-8")
+    dom, log = browse(folder / "phone.html", folder, "--dump-dom", size="600,900")
+    return seen_in(dom, log, width, n_figures)
+
+
+def seen_in(dom, log, width, n_figures=5):
     found = re.search(r'data-seen="([^"]*)"', dom)
     assert found, log[-2000:]
     seen = json.loads(html.unescape(found.group(1)))
     assert seen["errors"] == seen["blocked"] == seen["fetched"] == seen["cut"] == []
     assert seen["width"] == width
     assert seen["needed"] <= width, "the page scrolls sideways"
-    assert seen["drawn"] == "5"
-    assert seen["svgs"] >= 5
-    assert len(seen["headings"]) == 5
+    assert seen["drawn"] == str(n_figures)
+    assert seen["svgs"] >= n_figures
+    assert len(seen["headings"]) == n_figures
     assert min(seen["headings"]) > 0.9, "a figure's note is wrapped short of the page's width"
     assert all(label and tab == 0 for label, tab, _ in seen["sideways"]), seen["sideways"]
     return seen
@@ -415,14 +427,7 @@ def test_a_browser_draws_the_page_and_fetches_nothing(page, tmp_path):
 @needs_browser
 @pytest.mark.parametrize("width", [390, 360])
 def test_the_page_fits_a_phone(page, tmp_path, width):
-    # Chromium's own window is never narrower than 500 px, a frame in it can be.
-    (tmp_path / "page.html").write_text(probed(page), encoding="utf-8")
-    frame = (
-        f'<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe><script>'
-        'addEventListener("message", (e) => { document.documentElement.dataset.seen = JSON.stringify(e.data); });</script>'
-    )
-    (tmp_path / "phone.html").write_text(frame, encoding="utf-8")
-    seen = seen_in(*browse(tmp_path / "phone.html", tmp_path, "--dump-dom", size="600,900"), width)
+    seen = in_a_frame(probed(page), tmp_path, width)
     assert len(seen["sideways"]) == 4  # the sinks, and the numbers of three experiments
     assert all(hinted for _, _, hinted in seen["sideways"]), "a table is cut and nothing says so"
 

@@ -9,6 +9,7 @@ from sink_circuits.figures.evidence import (
     claims_figure,
     controls_figure,
     edits_figure,
+    hold_name,
     mass_figure,
     paths_figure,
     sweep_figure,
@@ -27,6 +28,6 @@ from sink_circuits.figures.token_view import TOKEN_CSS, VIEW_SCRIPT, circuitsvis
 __all__ = [
     "AXIS_LABELS", "CONFIG", "LINE_LENGTH", "MAX_EDITS", "NAMES", "TOKEN_CSS", "VIEW_SCRIPT", "ablation_figure",
     "attribution_figure", "circuit_edges", "circuit_figure", "circuitsvis_source", "claims_figure", "controls_figure",
-    "dose_response_figure", "edits_figure", "effect_figure", "figure_json", "layer_map_figure", "mass_figure", "paths_figure",
+    "dose_response_figure", "edits_figure", "effect_figure", "figure_json", "hold_name", "layer_map_figure", "mass_figure", "paths_figure",
     "save_figure", "script_json", "sink_tokens_view", "sweep_figure", "visible",
 ]  # fmt: skip

@@ -54,6 +54,8 @@ STEP_NAMES = {
 }
 PATH_NAMES = {"residual": "residual stream alone", "own stream": "own stream", "total": "total"}
 HOLD_NAMES = {"k": "keys", "q": "queries", "v": "values"}
+HELD = ", norm scales held"
+"""Ends the name of a path in which the scales of the norms are held at their clean values."""
 UNITS = {
     "aligned": "cosine",
     "dose": "rank corr.",
@@ -165,9 +167,13 @@ def paths_figure(result, outcome: str = "log_odds") -> go.Figure:
     """
     result.effect(outcome)  # refuses what was not measured
     table = result.summary()
-    table = table[table["outcome"] == outcome]
+    table = table[table["outcome"] == outcome].reset_index(drop=True)
+    held = table["part"].str.endswith(HELD)
+    table.loc[held, "kind"] = "held path"
+    table["part"] = table["part"].str.removesuffix(HELD)
     known: tuple[tuple[str, str, dict[str, str], str, str], ...] = (
         ("path", "nested paths", PATH_NAMES, VERMILLION, "circle"),
+        ("held path", "the same with norm scales held", PATH_NAMES, PURPLE, "cross"),
         ("step", "what each adds; together the total", STEP_NAMES, BLUE, "square"),
         ("hold", "what is lost of the total when held clean", {}, GREEN, "diamond"),
     )
@@ -188,18 +194,18 @@ def paths_figure(result, outcome: str = "log_odds") -> go.Figure:
     ] == "hold" else None
     text = (
         f"{whose(result)}; {layers_of(result)}, mean over heads and the layers that read the sink. {bars(table)} In brackets: share of the "
-        f"total. Norm scales are {result.norm_scales}."
+        f"total. Norm scales: {result.norm_scales}."
     )
     return _finished(figure, f"Paths of the effect on the {named(outcome)}", text, height=170 + 44 * len(table))
 
 
 def _path_label(part: str, names: dict, share: float) -> str:
-    name = names.get(part) or _hold_name(part)
+    name = names.get(part) or hold_name(part)
     said = f" ({share:.0%})" if np.isfinite(share) else ""
     return "<br>".join(safe(line) for line in textwrap.wrap(f"{name}{said}", LABEL_LENGTH))
 
 
-def _hold_name(label: str) -> str:
+def hold_name(label: str) -> str:
     """A hold's label with its letter in words."""
     head, _, rest = label.partition(" ")
     return f"{HOLD_NAMES.get(head, head)} {rest}".strip()
@@ -407,7 +413,7 @@ def attribution_figure(result) -> go.Figure:
     figure.add_trace(dots, row=2, col=1)
     both = np.isfinite(exact) & np.isfinite(attributed)
     if both.any():
-        ends = [float(f(np.r_[exact[both], attributed[both]])) for f in (np.min, np.max)]
+        ends = [float(f(exact[both])) for f in (np.min, np.max)]
         line = go.Scatter(
             x=ends,
             y=ends,

@@ -11,7 +11,7 @@ from sink_circuits.prompts import load_prompts
 CALLS = {
     "layer_map": "sc.layer_map(model, tokens, treated{more})", "dose_response": "sc.dose_response(model, tokens, treated{more})",
     "ablate": "sc.ablate(model, tokens, treated{more})", "controls": "sc.with_controls(model, tokens, treated, found=sinks{more})",
-    "paths": "sc.path_effects(model, tokens, treated{more})", "mass": "sc.mass_account(model, tokens, treated, others=sinks{more})",
+    "paths": "sc.path_effects(model, tokens, treated{more})", "mass": "sc.mass_account(model, tokens, treated, found=sinks{more})",
     "claims": "sc.test_claims(model, tokens, sinks{more})", "attribution": "sc.attribute(model, tokens, treated{more})",
 }  # fmt: skip
 """By what a manifest says that it is. Everything of the anatomy is called by its own name."""
@@ -45,7 +45,7 @@ def in_python(sinks, results: Sequence) -> str:
         **({"method": "official"} if str(manifest.what).endswith("official") else {}),
     }
     lines.append(f"sinks = sc.find_sinks(model, tokens{_arguments(given)})")
-    tables = [result.table for result in results if isinstance(result, Effect)]
+    tables = [result.table for result in results if {"kind", "l_start", "pos"} <= set(result.table)]
     if tables:
         kinds = ", ".join(repr(str(kind)) for kind in tables[0]["kind"].unique())
         lines.append(f"treated = sinks.select({kinds})  # {len(tables[0])} of them: those in the table of each result")
@@ -80,11 +80,10 @@ def _settings(result) -> dict:
     settings = {name: value for name, value in result.manifest.settings.items() if name in KEPT}
     if isinstance(result, Effect) and result.kind == "dose_response":
         settings["factors"] = result.data["edit"].values.tolist()
-    if str(settings.get("layers", "")).startswith(("[", "(")):
-        pass  # a joint set, as it was given
-    elif "layers" in settings:  # `layer=` of one layer, or "forming", stands there as text
-        layer = settings.pop("layers")
-        settings["layer"] = int(layer) if str(layer).isdigit() else str(layer)
+    if "layers" in settings and not str(settings["layers"]).startswith(("[", "(")):
+        settings = {"layer": settings.pop("layers"), **settings}  # `layer=` stands there as text, "forming" or a number
+    if str(settings.get("layer")).isdigit():
+        settings["layer"] = int(settings["layer"])
     return {name: value for name, value in settings.items() if value not in DEFAULTS.get(name, ())}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -233,16 +234,15 @@ def _views(sinks, texts: Mapping, scores: Mapping | None) -> list[dict]:
 
 
 def _libraries(plotly: bool, circuitsvis: bool) -> list[dict]:
-    """The scripts, compressed: plain they are 6 MB, so 2.4 MB. No time stamp goes in: one input gives one page."""
+    """The scripts, compressed: plain they are 6 MB, so 2.4 MB."""
+    needed = [name for name, is_needed in (("plotly", plotly), ("circuitsvis", circuitsvis)) if is_needed]
+    return [{"name": name, "data": Markup(_packed(name))} for name in needed]
+
+
+@lru_cache(maxsize=2)
+def _packed(name: str) -> str:
+    """A script as base64 of gzip. No time stamp goes in: one input gives one page."""
     from plotly.offline import get_plotlyjs
 
-    sources = ([("plotly", get_plotlyjs)] if plotly else []) + (
-        [("circuitsvis", figures.circuitsvis_source)] if circuitsvis else []
-    )
-    return [
-        {
-            "name": name,
-            "data": Markup(base64.b64encode(gzip.compress(source().encode("utf-8"), 9, mtime=0)).decode("ascii")),
-        }
-        for name, source in sources
-    ]
+    source = get_plotlyjs() if name == "plotly" else figures.circuitsvis_source()
+    return base64.b64encode(gzip.compress(source.encode("utf-8"), 9, mtime=0)).decode("ascii")

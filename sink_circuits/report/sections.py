@@ -239,8 +239,8 @@ def _paths(index: int, paths: PathEffect) -> Section:
         f"{_percent(share['step', 'other positions'])} is left over to other positions."
     )
     if paths.holds:
-        held = [f"{hold} takes away {_percent(share['hold', hold])}" for hold in paths.holds]
-        answer += f" Held clean, {join(held)}."
+        held = [f"{figures.hold_name(hold)} take {_percent(share['hold', hold])}" for hold in paths.holds]
+        answer += f" Held clean, {join(held)} of it away."
     drawn = (_drawn(f"figure-{index}-paths", paths.plot("log_odds")),)
     return Section(
         f"paths-{index}",
@@ -386,17 +386,14 @@ def _circuit(by_kind: Mapping[str, Anatomy]) -> Section | None:
         return None
     own, answer = writers.table.iloc[sink], []
     for role, said in (
-        ("writer", "{0} writes {1} of what stands along its direction"), ("neuron", "{0} carries {1} of its MLP's write"),
+        ("writer", "{0} writes {1} of what stands along its direction"), ("neuron", "{0} carries {1} of the write of {3}"),
         ("eraser", "{0} takes away {1} of the peak"), ("reader", "{0} attends to it most, with {2} of its attention"),
     ):  # fmt: skip
         mine = edges[edges["role"] == role]
         if len(mine):
             edge = mine.loc[mine["weight"].abs().idxmax()]
-            answer.append(
-                said.format(
-                    edge["component"].replace(" mlp", "'s MLP"), _percent(abs(edge["weight"])), number(edge["weight"])
-                )
-            )
+            names = [str(edge[name]).replace(" mlp", "'s MLP") for name in ("component", "target")]
+            answer.append(said.format(names[0], _percent(abs(edge["weight"])), number(edge["weight"]), names[1]))
     rows = tuple(
         (
             edge.component,

@@ -1,0 +1,215 @@
+"""`sink-circuits report`: one page from saved files; what does not fit is told in a sentence before anything is written."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from measured import NAMES, measured
+from safetensors.numpy import save_file
+from test_figures import Elements
+from test_report import browse, in_a_frame, needs_browser, probed, seen_in
+
+from sink_circuits import cli
+from sink_circuits.errors import ResultError
+from sink_circuits.report import read_results, sinks_of
+from sink_circuits.results import read_dataset, write_dataset
+from sink_circuits.token_scores import TokenScores
+
+PARTS = (
+    "layer_map", "ablate", "controls", "paths", "mass", "claims", "writers", "neurons", "key_query_geometry", "mlp_stages",
+    "token_scores",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for name in PARTS:
+        getattr(measured(), name).save(folder / f"{name}.safetensors")
+    measured().found.save(folder / "sinks.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    assert cli.main(["report", str(folder), "--out", str(out), "--title", "A <b>title</b>"]) == 0
+    return out.read_text("utf-8")
+
+
+def run(capsys, *args) -> tuple[int, str]:
+    code = cli.main(["report", *map(str, args)])
+    return code, capsys.readouterr().err
+
+
+# What is on the page.
+
+
+def test_every_result_has_its_section_and_its_sentence(page):
+    text = Elements(page).text
+    for heading in (
+        "Layer map", "Ablation", "Controls", "Paths", "Mass", "Claims", "Circuit", "Stages of the MLP", "Writers and erasers", "Neurons",
+        "Keys and queries",
+    ):  # fmt: skip
+        assert re.search(f"<h3 id=[^>]*>{heading}", page), heading
+    labels = re.findall(r'<strong><a href="#([^"]+)">([^<]+)\.</a></strong>', page)
+    assert [label for _, label in labels] == [
+        "Sinks",
+        "Layer map",
+        "Ablation",
+        "Controls",
+        "Paths",
+        "Mass",
+        "Claims",
+        "Circuit",
+    ]
+    ids = {a["id"] for _, a in Elements(page).attributes if "id" in a}
+    assert {target for target, _ in labels} <= ids
+    share = measured().paths.summary().query("outcome == 'log_odds' and kind == 'step'").set_index("part")["share"]
+    assert f"{share['residual']:.0%} goes by the residual stream alone" in text.replace("−", "-")
+    edges = json.loads(re.search(r'data-target="circuit-figure">(.*?)</script>', page).group(1))
+    assert any("L6 MLP" in str(annotation.get("text")) for annotation in edges["layout"]["annotations"])
+
+
+def test_tokens_and_names_stay_text(page):
+    elements = Elements(page)
+    assert not {"img", "svg", "i", "b", "iframe", "object", "link"} & set(elements.names)
+    assert not [a for _, a in elements.attributes if any(name.startswith("on") for name in a)]
+    assert "A <b>title</b>" in elements.text
+    assert NAMES[0] in elements.text
+    assert "\u202e" not in page
+    assert len(page.encode()) < 5_000_000
+
+
+def test_the_page_says_how_to_make_the_results_again(page):
+    code = re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)[-1]
+    for line in (
+        "sc.find_sinks(model, tokens)", "sc.layer_map(model, tokens, treated)", "sc.ablate(model, tokens, treated, layers=[6, 7])",
+        "sc.path_effects(model, tokens, treated, layer=6)", "sc.with_controls(model, tokens, treated, found=sinks, layer=6, n_random=3)",
+        "sc.anatomy.writers(model, tokens, treated)",
+    ):  # fmt: skip
+        assert line in code, line
+    assert measured().found.manifest.weights in code
+
+
+def test_the_same_files_give_the_same_page(folder, page, tmp_path):
+    out = tmp_path / "again.html"
+    assert (
+        cli.main(["report", str(folder / "sinks.parquet"), str(folder), "--out", str(out), "--title", "A <b>title</b>"])
+        == 0
+    )
+    body = [text.partition("How to run it again")[0] for text in (page, out.read_text("utf-8"))]
+    assert body[0] == body[1]
+
+
+def test_without_a_table_the_treated_sinks_are_shown(folder, tmp_path):
+    out = tmp_path / "page.html"
+    assert cli.main(["report", str(folder / "mass.safetensors"), "--out", str(out)]) == 0
+    text = Elements(out.read_text("utf-8")).text
+    assert "No table of all sinks was among the results" in text
+    assert f"{len(measured().sinks)} secondary sinks were found" in text
+
+
+def test_files_come_back_as_what_they_are(folder):
+    results = read_results([folder])
+    assert sinks_of(results).table.equals(measured().found.table)
+    by_type = {type(result).__name__ for result in results}
+    assert by_type >= {
+        "Sinks",
+        "Effect",
+        "Controlled",
+        "PathEffect",
+        "MassAccount",
+        "Claims",
+        "Writers",
+        "Neurons",
+        "TokenScores",
+    }
+    scored = next(result for result in results if isinstance(result, TokenScores))
+    for name in NAMES:
+        np.testing.assert_array_equal(scored.scores[name], measured().token_scores.scores[name])
+        assert scored.texts[name] == measured().token_scores.texts[name]
+        assert scored.scores[name].shape[1] == len(scored.texts[name]) == 96
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.safetensors", None, "does not exist"),
+        ("empty", "folder", "holds no results"),
+        ("table.csv", b"a,b", "is no result: those end in .parquet or .safetensors"),
+        ("torn.safetensors", b"\x08\x00\x00", "cannot be read as a result"),
+        ("torn.parquet", b"PAR1", "cannot be read as a parquet table"),
+        ("other.safetensors", "weights", "is a safetensors file but not a result of this package"),
+        ("strange.safetensors", "strange", "is not an experiment's result|cannot read"),
+    ],
+)
+def test_bad_files_are_told_and_nothing_is_written(capsys, tmp_path, folder, name, content, said):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content == "weights":
+        save_file({"w": np.zeros(2, dtype=np.float32)}, path)
+    elif content == "strange":
+        write_dataset(path, measured().mass.data, {"kind": "strange"})
+    elif content is not None:
+        path.write_bytes(content)
+    out = tmp_path / "out" / "page.html"
+    code, error = run(capsys, folder / "sinks.parquet", path, "--out", out)
+    assert code == 2
+    assert re.search(said, error) and name in error
+    assert error.count("\n") == 1, "one sentence, no traceback"
+    assert not out.exists() and not out.parent.exists()
+
+
+def test_results_of_two_models_are_refused(capsys, tmp_path, folder):
+    data, meta = read_dataset(folder / "mass.safetensors")
+    meta["manifest"]["weights"] = "another"
+    write_dataset(tmp_path / "other.safetensors", data, meta)
+    code, error = run(capsys, folder, tmp_path / "other.safetensors", "--out", tmp_path / "page.html")
+    assert code == 2 and "of 2 different models" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_two_tables_of_sinks_are_refused(tmp_path):
+    for name in ("a", "b"):
+        measured().found.save(tmp_path / f"{name}.parquet")
+    with pytest.raises(ResultError, match="2 tables of sinks were given"):
+        sinks_of(read_results([tmp_path]))
+
+
+def test_options_are_checked_before_anything_is_read(capsys, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    (tmp_path / "there.html").write_text("mine")
+    for options, said in (
+        (("--out", tmp_path / "page.pdf"), "the page is an .html file"),
+        (("--out", tmp_path / "there.html"), "exists already"),
+        (("--max-tokens", 9, "--out", tmp_path / "p.html"), "--max-tokens says how to make the texts again"),
+        (("--model", "gemma-3-270m", "--n-prompts", 0, "--out", tmp_path / "p.html"), "--n-prompts 0: at least 1"),
+    ):
+        code, error = run(capsys, nowhere, *options)
+        assert code == 2 and said in error, error
+    assert (tmp_path / "there.html").read_text() == "mine"
+
+
+# A browser.
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_draws_every_figure_and_fetches_nothing(page, tmp_path):
+    (tmp_path / "page.html").write_text(probed(page), encoding="utf-8")
+    dom, log = browse(tmp_path / "page.html", tmp_path, "--dump-dom", size="1280,2000")
+    seen_in(dom, log, 1280, n_figures=page.count('class="figure-data"'))
+    assert not [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_every_section_fits_a_phone(page, tmp_path):
+    seen = in_a_frame(probed(page), tmp_path, 390, n_figures=page.count('class="figure-data"'))
+    assert all(hinted for _, _, hinted in seen["sideways"]), "a table is cut and nothing says so"
