@@ -148,7 +148,7 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task], threads: int)
 
 def threads_for(n_tasks: int, floats: int, device: torch.device) -> int:
     """Threads worth starting for `n_tasks` tasks that compute so many floats in all."""
-    return min(torch.get_num_threads(), n_tasks) if device.type == "cpu" and floats >= THREADED_FLOATS else 1
+    return max(1, min(torch.get_num_threads(), n_tasks)) if device.type == "cpu" and floats >= THREADED_FLOATS else 1
 
 
 # ------------------------------------------------------------------------------------------------ blocks of queries

@@ -3,31 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sink_circuits.attention import each, threads_for
+
 LOGIT_SLICE_FLOATS = 1 << 25
 """Floats of logits held at once where a loss is asked for (128 MiB): Gemma's vocabulary is 262,144."""
+TILE_POSITIONS, TILE_TOKENS = 512, 512
+"""One tile of logits on a CPU (1 MiB)."""
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """From a final residual stream to logits: final norm, one linear map, the model's own scaling or soft-capping."""
+
+    norm: Callable[[Tensor], Tensor]
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def __call__(self, resid_post: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
+        return self.finished(torch.nn.functional.linear(self.norm(resid_post), self.weight, self.bias))
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """What follows the linear map, on any part of the vocabulary."""
+        if self.scale is not None:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def part(self, normed: Float[Tensor, "pos d_model"], tokens: slice) -> Float[Tensor, "pos part"]:
+        """Logits of some tokens of the vocabulary, in float32."""
+        bias = None if self.bias is None else self.bias[tokens]
+        return self.finished(torch.nn.functional.linear(normed, self.weight[tokens], bias)).float()
+
+    def of(self, normed: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+        """At every position the logit of one token, in float32."""
+        logits = torch.bmm(normed[:, None], self.weight[tokens][..., None])[:, 0, 0]
+        return self.finished(logits if self.bias is None else logits + self.bias[tokens]).float()
 
 
 def next_token_loss(
-    logits_of: Callable[[Tensor], Tensor], resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]
+    unembedding: Unembedding, resid_post: Float[Tensor, "pos d_model"], tokens: Int[Tensor, " pos"]
 ) -> Float[Tensor, " pos"]:
-    """-log p(next token) at every position, NaN at the last; logits are made in slices and dropped."""
+    """-log p(next token) at every position, NaN at the last.
+
+    Logits are made in tiles of positions and vocabulary, summed and dropped: a tile stays in the core's cache, a
+    slice of a whole vocabulary would go through memory several times.
+    """
     losses = torch.full((len(tokens),), torch.nan, device=tokens.device)
-    step = None
-    position = 0
-    while position < len(tokens) - 1:
-        stop = min(position + (step or 1), len(tokens) - 1)
-        logits = logits_of(resid_post[position:stop]).float()
-        step = max(1, LOGIT_SLICE_FLOATS // logits.shape[-1])
-        losses[position:stop] = torch.nn.functional.cross_entropy(
-            logits, tokens[position + 1 : stop + 1], reduction="none"
+    n_vocab, on_cpu = len(unembedding.weight), tokens.device.type == "cpu"
+    rows = TILE_POSITIONS if on_cpu else max(1, LOGIT_SLICE_FLOATS // n_vocab)
+    width = TILE_TOKENS if on_cpu else n_vocab  # on a GPU the number of kernels counts
+
+    def of_block(start: int) -> None:
+        here = slice(start, min(start + rows, len(tokens) - 1))
+        normed = unembedding.norm(resid_post[here])
+        totals = [log_sum_exp(unembedding.part(normed, slice(a, a + width))) for a in range(0, n_vocab, width)]
+        losses[here] = torch.stack(totals).logsumexp(dim=0) - unembedding.of(
+            normed, tokens[here.start + 1 : here.stop + 1]
         )
-        position = stop
+
+    starts = range(0, len(tokens) - 1, rows)
+    each(of_block, starts, threads_for(len(starts), len(tokens) * n_vocab, tokens.device))
     return losses
+
+
+def log_sum_exp(logits: Float[Tensor, "pos part"]) -> Float[Tensor, " pos"]:
+    """log of the summed exponentials of each row; `logits` are used up."""
+    top = logits.amax(dim=-1, keepdim=True)
+    return logits.sub_(top).exp_().sum(dim=-1).log_().add_(top[:, 0])
 
 
 def next_token_kl(

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sink_circuits.attention import AttentionForm, AttentionSums, streamed_attention
 from sink_circuits.errors import InputError
+from sink_circuits.losses import Unembedding
 
 ATTENTION_NAME = "sink_circuits_streamed"
 
@@ -148,6 +149,8 @@ class Twin:
         blocks = module.get_submodule(parts["blocks"].name)
         if not isinstance(blocks, nn.ModuleList):
             raise TwinRefused("the blocks are not a list of modules")
+        if not isinstance(module.get_output_embeddings(), nn.Linear):
+            raise TwinRefused("the unembedding is not one linear map")
         writer, side = _place(bridge, "hook_mlp_out")
         attn_writer, attn_side = _place(bridge, "hook_attn_out")
         parallel = "blocks.0.hook_resid_mid" not in bridge.hook_dict
@@ -223,15 +226,12 @@ class Twin:
             yield BlockRun(layer, resid, tap)
             tap.clear()
 
-    def logits(self, resid_post: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
-        """Final norm, unembedding and the model's own logit scaling or soft-capping."""
-        logits = self.module.get_output_embeddings()(self.final_norm(resid_post))
-        config = self.module.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+    @property
+    def logits(self) -> Unembedding:
+        """Final residual stream -> logits, whole or in parts of the vocabulary."""
+        linear, config = self.module.get_output_embeddings(), self.module.config
+        scale, softcap = (getattr(config, name, None) for name in ("logit_scale", "final_logit_softcapping"))
+        return Unembedding(self.final_norm, linear.weight, getattr(linear, "bias", None), scale, softcap)
 
 
 def fingerprint(model: nn.Module) -> tuple:

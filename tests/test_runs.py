@@ -14,7 +14,7 @@ from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subje
 import sink_circuits as sc
 from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
 from sink_circuits.holds import Hold
-from sink_circuits.losses import next_token_kl, next_token_loss
+from sink_circuits.losses import Unembedding, next_token_kl, next_token_loss
 from sink_circuits.runs import clean_loss
 from sink_circuits.scores import column_log_odds, column_scores
 
@@ -382,16 +382,39 @@ def test_small_divergences_are_not_rounding():
     assert 1e-13 < found.item() < 1e-9
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 17])
-def test_losses_made_in_slices_are_those_made_at_once(monkeypatch, n):
-    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    resid, tokens = torch.randn(n, 4, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 9
-    monkeypatch.setattr("sink_circuits.losses.LOGIT_SLICE_FLOATS", 27)  # three positions at a time
-    found = next_token_loss(lambda x: x @ weight.T, resid, tokens)
-    log_p = (resid @ weight.T).log_softmax(-1)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "more", [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0}, {"bias": True, "scale": 3.0, "softcap": 5.0}]
+)
+@pytest.mark.parametrize("n", [1, 2, 4, 17])
+def test_losses_made_in_tiles_are_those_made_at_once(monkeypatch, n, more, threads):
+    monkeypatch.setattr("sink_circuits.losses.TILE_POSITIONS", 3)
+    monkeypatch.setattr("sink_circuits.losses.TILE_TOKENS", 4)
+    monkeypatch.setattr("sink_circuits.attention.THREADED_FLOATS", 1)
+    generator = torch.Generator().manual_seed(0)
+    weight, resid = 3 * torch.randn(9, 4, generator=generator), 3 * torch.randn(n, 4, generator=generator)
+    tokens, bias = torch.arange(n) % 9, torch.randn(9, generator=generator) if more.get("bias") else None
+    made = Unembedding(torch.nn.Identity(), weight, bias, more.get("scale"), more.get("softcap"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = next_token_loss(made, resid, tokens)
+    finally:
+        torch.set_num_threads(before)
+    logits = resid.double() @ weight.double().T + (0 if bias is None else bias.double())
+    logits = logits * more.get("scale", 1)
+    logits = logits if "softcap" not in more else more["softcap"] * (logits / more["softcap"]).tanh()
+    log_p = logits.log_softmax(-1)
     for position in range(n - 1):
         assert found[position].item() == pytest.approx(-log_p[position, tokens[position + 1]].item(), abs=1e-5)
     assert found[-1].isnan()
+    torch.testing.assert_close(made(resid).double(), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_certain_next_token_has_a_loss_of_zero_and_an_impossible_one_a_large_one():
+    made = Unembedding(torch.nn.Identity(), torch.tensor([[100.0], [-100.0]]))
+    found = next_token_loss(made, torch.ones(3, 1), torch.tensor([0, 0, 1]))
+    assert found[:2].tolist() == [0.0, 200.0]
 
 
 # --------------------------------------------------------------------------------------- the user's hooks, weights
