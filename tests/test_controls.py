@@ -138,6 +138,26 @@ def test_a_random_perturbation_is_as_large_as_the_edit_and_repeats_by_name():
     assert sc.interventions.random_perturbation(rescale(6, SINK, 1.0), "text").changes_nothing
 
 
+def test_any_sink_run_again_alone_gives_the_same_numbers():
+    """Controls, wrong layers and random draws are drawn from names: bytes equal at one batch size, to 1e-6 at any."""
+    tokens, one = sc.Tokens(TEXTS, NAMES), treated()
+
+    def run(sinks: sc.Sinks, **options) -> Controlled:
+        return with_controls(lens(), tokens, sinks, layers=[6, 7], found=found(), n_random=1, verbose=False, **options)
+
+    together, in_batches = run(one, batch_size=1), run(one)
+    for index in (2,):
+        row = sc.Sinks(one.table.iloc[[index]].reset_index(drop=True), one.prompts, one.manifest)
+        alone = run(row, batch_size=1)
+        for name in alone.data.data_vars:
+            np.testing.assert_array_equal(alone.data[name][0], together.data[name][index])
+        columns = ["control", "pos", "layers"]
+        chosen = together.matches.query("sink == @index")[columns]
+        assert alone.matches[columns].to_numpy().astype(str).tolist() == chosen.to_numpy().astype(str).tolist()
+    for name in together.data.data_vars:
+        np.testing.assert_allclose(in_batches.data[name], together.data[name], atol=1e-6, rtol=1e-6)
+
+
 def test_the_planted_secondary_stands_out_from_every_control():
     table = controlled().compare().query("edit == 'zero'").set_index("control")
     for control in ("same range", "attention output", "random perturbation"):
