@@ -50,6 +50,8 @@ def measured() -> SimpleNamespace:
         found=found,
         sinks=sinks,
         layer_map=sc.layer_map(model, tokens, sinks, layers=[2, 6], **QUIET),
+        many=sc.dose_response(model, tokens, sinks, layer=6, factors=[0, 0.2, 0.4, 0.6, 0.8, 2], **QUIET),
+        attribution=sc.attribute(model, tokens, sinks, targets=("contributions",), **QUIET),
         ablate=sc.ablate(model, tokens, sinks, layers=[6, 7], **QUIET),
         mass=sc.mass_account(model, tokens, sinks, layers=[6, 7], found=found, **QUIET),
         paths=sc.path_effects(model, tokens, sinks, layer=6, **QUIET),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from measured import measured
 
@@ -10,6 +11,8 @@ from sink_circuits import figures
 from sink_circuits.claims import HYPOTHESES
 from sink_circuits.errors import InputError
 from sink_circuits.figures.circuit import ROLES
+from sink_circuits.studies import Study
+from sink_circuits.sweep_results import SweepResult
 
 HOSTILE = "<b>&x</b>\u202e"
 
@@ -92,6 +95,78 @@ def test_controls_refuse_what_they_do_not_hold(results):
     empty = type(results.controls)(nothing, results.controls.table, results.controls.matches, results.controls.manifest)
     with pytest.raises(InputError, match="no control matched"):
         figures.controls_figure(empty)
+
+
+def test_a_layer_map_shows_the_range_of_its_controls(results):
+    figure = figures.layer_map_figure(results.layer_map, "log_odds", results.controls)
+    prompts, ends = results.controls.table["prompt"], []
+    for name in ("same token", "same range", "norm matched", "wrong layer"):
+        values = results.controls.data["control_log_odds"].sel(control=name).isel(edit=0).to_pandas()
+        ends += values.groupby(prompts.to_numpy()).mean().dropna().tolist()
+    (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect" and shape.fillcolor == "#5a5a5a"]
+    # An interval over two prompts cannot reach beyond them.
+    assert min(ends) - 1e-6 <= band.y0 <= band.y1 <= max(ends) + 1e-6
+    assert "Grey band" in figure.layout.title.text.replace("<br>", " ")
+    without = figures.layer_map_figure(results.layer_map, "log_odds")
+    assert "Grey band" not in without.layout.title.text.replace("<br>", " ")
+
+
+# Many edits, attributions, sweeps.
+
+
+def test_many_edits_stand_one_below_the_other(results):
+    effect = results.many
+    assert effect.data.sizes["edit"] > figures.MAX_EDITS
+    other = type(effect)("directions", effect.data, effect.table, effect.manifest)  # a dose-response has its own figure
+    figure = other.plot("log_odds")
+    (trace,) = named(figure, "effect")
+    own = other.summary()
+    own = own[own["outcome"] == "log_odds"]
+    same(trace.x, own["effect"])
+    low, high = ends(trace)
+    same(low, own["low"])
+    same(high, own["high"])
+    assert list(figure.layout.yaxis.ticktext) == [str(edit) for edit in own["edit"]]
+
+
+def test_attributed_effects_stand_beside_exact_ones(results):
+    figure = figures.attribution_figure(results.attribution)
+    for name, label in (("exact", "exact removal"), ("attribution", "attributed")):
+        (line,) = named(figure, label)
+        values = (
+            results.attribution.data[name]
+            .to_pandas()
+            .groupby(results.attribution.table["prompt"].to_numpy())
+            .mean()
+            .mean()
+        )
+        same(line.y, values)
+    (dots,) = named(figure, "sink and layer")
+    same(dots.x, results.attribution.data["exact"].to_numpy().ravel())
+    same(dots.y, results.attribution.data["attribution"].to_numpy().ravel())
+
+
+def test_a_sweep_is_drawn_by_layer_and_factor(tmp_path):
+    """The table of a sweep, written here: effects of two layers and three factors at sinks of six prompts."""
+    cells = [
+        {"prompt": f"p{i}", "layers": str(layer), "factor": factor, "effect": layer - factor + 0.1 * i, "clean": -4.0}
+        for i in range(6) for layer in (6, 7) for factor in (0.0, 1.0, 2.0)
+    ]  # fmt: skip
+    table = pd.DataFrame(cells).assign(model="a/m", intervention="rescale", outcome="log_odds")
+    table["edited"] = table["clean"] + table["effect"]
+    study = Study(("a/m",), factors=(0.0, 1.0, 2.0))
+    sweep = SweepResult(study, tmp_path, pd.DataFrame({"state": ["done", "failed"]}), table)
+    figure, summary = figures.sweep_figure(sweep), sweep.summary(["log_odds"])
+    assert [trace.name for trace in figure.data] == ["factor 0", "factor 2"]  # 1 is the clean model
+    for trace, factor in zip(figure.data, (0.0, 2.0), strict=True):
+        own = summary[summary["factor"] == factor]
+        same(trace.y, [6.25 - factor, 7.25 - factor])
+        low, high = ends(trace, "y")
+        same(low, own["low"])
+        same(high, own["high"])
+    assert figure.layout.annotations[0].text == "m, rescale"
+    with pytest.raises(InputError, match="no cell of this sweep has a defined effect"):
+        figures.sweep_figure(SweepResult(study, tmp_path, sweep.cells, table.assign(effect=np.nan)))
 
 
 # Paths and mass.

@@ -54,12 +54,13 @@ def effect_figure(effect, outcome: str = "score") -> go.Figure:
     return ablation_figure(effect, outcome)
 
 
-def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
+def layer_map_figure(effect, outcome: str = "log_odds", controls=None) -> go.Figure:
     """Which layers matter: the effect by edited layer, above the effect by edited and reading layer.
 
     Above: `effect.summary()`'s mean over prompts, bars its interval. Below: mean over sinks and heads; grey where an
-    effect is impossible (reading layer at or below the edited one) or not defined. Raises InputError for an outcome
-    that was not measured or has no layers, and for edits that are not layers.
+    effect is impossible (reading layer at or below the edited one) or not defined. `controls`: a `Controlled` of these
+    sinks; a grey band spans the intervals of the same removal where it should do nothing (`control_band`). Raises InputError for
+    an outcome that was not measured or has no layers, and for edits that are not layers.
     """
     effects = _by_layer(effect, outcome)
     edited = _numbers(effect, "layers")
@@ -98,6 +99,10 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
     figure.add_trace(
         interval_trace(edited, rows, "effect", VERMILLION, "mean effect", "edited layer %{x}"), row=1, col=1
     )
+    band = control_band(controls, outcome)
+    if band is not None:
+        look = {"fillcolor": MUTED, "opacity": 0.22, "line_width": 0, "layer": "below"}
+        figure.add_hrect(y0=band[0], y1=band[1], row=1, col=1, exclude_empty_subplots=False, **look)
     bound = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
     figure.add_trace(
         go.Heatmap(
@@ -148,6 +153,10 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
         layer="below",
     )
     life = f"Shaded: median life of the sinks, layers {start:g} to {end:g}; dotted: the layers that read them."
+    if band is not None:
+        life += (
+            f" Grey band: the intervals of {len(band[2])} controls of the forming MLP's removal ({', '.join(band[2])})."
+        )
     return finish(
         figure,
         f"Effect of editing one MLP on the {named(outcome)}",
@@ -155,6 +164,23 @@ def layer_map_figure(effect, outcome: str = "log_odds") -> go.Figure:
         height=760,
         bottom=92,
     )
+
+
+def control_band(controls, outcome: str) -> tuple[float, float, list[str]] | None:
+    """(lowest, highest end, names) of the intervals over prompts of the effects at other tokens and of other layers.
+
+    A control of too few prompts for an interval counts with its mean. None where there are no controls of this outcome.
+    """
+    if controls is None or f"control_{outcome}" not in controls.data:
+        return None
+    ends, names = [], []
+    for name in ("same token", "same range", "norm matched", "wrong layer"):
+        values = controls.data[f"control_{outcome}"].sel(control=name).isel(edit=0).to_numpy().astype(float)
+        if np.isfinite(values).any():
+            own = statistics.bootstrap_over_prompts(values, controls.table["prompt"], name=f"{name}/{outcome}/band")
+            ends += [end if np.isfinite(end) else own.mean for end in (own.low, own.high)]
+            names.append(name)
+    return (min(ends), max(ends), names) if names else None
 
 
 def dose_response_figure(effect, outcome: str = "score") -> go.Figure:
@@ -215,7 +241,7 @@ def dose_response_figure(effect, outcome: str = "score") -> go.Figure:
         clean = float(_summary(effect, name)["clean"].mean())
         figure.add_hline(y=clean, line={"color": INK, "width": 1.2, "dash": "dash"}, row=row, col=1)
         # In the panel's title: in the panel, wherever it stood, it would lie on some curve's points.
-        figure.layout.annotations[row - 1].text += f" (dashed: clean, {clean:.3g})"
+        figure.layout.annotations[row - 1].text += f" (dashed: clean, {clean:.3g})".replace("-", "\u2212")
         figure.update_yaxes(title_text=axis(name), row=row, col=1)
     figure.update_xaxes(
         type="category", categoryorder="array", categoryarray=labels, showticklabels=True, showgrid=True

@@ -135,7 +135,18 @@ def causal_sections(results: Sequence) -> list[Section]:
         (Attribution, _attribution), (SweepResult, _sweep),
     )  # fmt: skip
     own: list[tuple] = [(maker, result) for result in results for kind, maker in makers if isinstance(result, kind)]
-    return [maker(number, result) for number, (maker, result) in enumerate(own, 1)]
+    controls = [result for result in results if isinstance(result, Controlled)]
+    return [
+        _effect(place, result, _of_these(controls, result)) if maker is _effect else maker(place, result)
+        for place, (maker, result) in enumerate(own, 1)
+    ]
+
+
+def _of_these(controls: Sequence[Controlled], effect: Effect) -> Controlled | None:
+    """The controls of this experiment's sinks, where there are any."""
+    key = ["prompt", "pos", "l_start"]
+    own = effect.table[key].to_numpy().tolist()
+    return next((one for one in controls if one.table[key].to_numpy().tolist() == own), None)
 
 
 def anatomy_sections(results: Sequence) -> list[Section]:
@@ -156,9 +167,15 @@ def anatomy_sections(results: Sequence) -> list[Section]:
 # One result each.
 
 
-def _effect(index: int, effect: Effect) -> Section:
+def _effect(index: int, effect: Effect, controls: Controlled | None) -> Section:
     outcomes = ["log_odds"] if effect.kind == "layer_map" else ["score", "log_odds"]
     there = [name for name in outcomes if name in effect.outcomes]
+
+    def draw(outcome: str):
+        if effect.kind == "layer_map":
+            return figures.layer_map_figure(effect, outcome, controls)
+        return figures.effect_figure(effect, outcome)
+
     is_long = effect.data.sizes["edit"] > figures.MAX_EDITS and effect.kind not in CAPTIONS
     summary, rows = effect.summary(), []
     for row in summary.to_dict(orient="records"):
@@ -171,7 +188,7 @@ def _effect(index: int, effect: Effect) -> Section:
     return Section(
         f"effect-{index}", CAUSES.get(effect.kind, f"Experiment: {effect.kind}"),
         CAPTIONS.get("many" if is_long else effect.kind, CAPTIONS["ablate"]),
-        tuple(_drawn(f"figure-{index}-{name}", figures.effect_figure(effect, name)) for name in there),
+        tuple(_drawn(f"figure-{index}-{name}", draw(name)) for name in there),
         (Table(caption, head, tuple(rows)),), " ".join(sentences(effect)),
     )  # fmt: skip
 
