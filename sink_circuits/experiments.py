@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from sink_circuits.detection import Sinks, Thresholds, find_sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
+from sink_circuits.holds import Hold
 from sink_circuits.interventions import Contribution, Edit, check_factor, custom, replace, rescale, zero
 from sink_circuits.memory import check_memory, need_of, rows_within
 from sink_circuits.models import Adapter, adapt
@@ -37,18 +38,23 @@ FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 Dosed = Callable[[Contribution, float], Contribution]
 """A family of interventions of a user's own: (contribution [pos, d_model], dose) -> the same shape."""
-EditsOf = Callable[[Any, pd.Series], tuple[Edit, ...]]
+Parts = Edit | Hold | Sequence[Edit | Hold]
+"""What one run does: one edit, or several, and with them what is held clean."""
+EditsOf = Callable[[Any, pd.Series], Parts]
 """(label, row of the sink table) -> the edits of that run."""
 
 
 def measure(
-    model, tokens, sinks: Sinks, labels: Sequence, edits_of: EditsOf, *, what: str, outcomes=None, loss: bool = False,
+    model, tokens, sinks: Sinks, labels: Sequence | Mapping[Any, Parts | Callable[[pd.Series], Parts]],
+    edits_of: EditsOf | None = None, *, what: str = "measure", outcomes=None, loss: bool = False,
     kl: bool = False, together: bool = False, min_queries: int = MIN_QUERIES, batch_size: int | None = None,
     memory: float | None = None, attention_mask=None, clean_cache=None, path: str = "auto",
     verbose: bool = True, settings: Mapping | None = None,
 ) -> Effect:  # fmt: skip
     """Run `edits_of(label, sink)` for every label and sink and measure all outcomes.
 
+    It gives an `Edit`, or several, and with them `Hold`s, what that run keeps clean. Without it `labels` are
+    {label: edits, or a function of the row of the sink table that gives them}: `{"mine": lambda sink: zero(2, sink.pos)}`.
     One sink is edited per run unless `together`, which edits all sinks of a prompt in one run (each is still measured
     by itself). `labels` name the axis `edit` of the result. `outcomes`: your own, {name: function of (clean, edited,
     sink)} or a list of functions or `Outcome`s (see `outcomes.OutcomeFunction`); they are tried on the first clean run.
@@ -62,11 +68,12 @@ def measure(
     own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
-    plan = [[tuple(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
+    labels, edits_of = _labelled(labels, edits_of)
+    plan = [[as_parts(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
     for row, cells in zip(table.itertuples(), plan, strict=True):
         n_positions = len(tokens.ids[tokens.names.index(row.prompt)])
-        for edit in (edit for cell in cells for edit in cell):
-            edit.check(adapter.n_layers, n_positions)
+        for cell in cells:
+            check_parts(cell, adapter, n_positions)
     rows_of = _rows_per_batch(adapter, tokens, table, path, memory, loss or kl)
     notes = _Notes.empty(table, labels, adapter)
     left_out = [name for name, wanted in (("loss", loss), ("kl", kl)) if not wanted]
@@ -107,6 +114,39 @@ def measure(
         found=dict(sinks.manifest.settings), **(settings or {}),
     )  # fmt: skip
     return Effect(what, xr.Dataset(notes.arrays, coords=notes.coords), table, manifest)
+
+
+def _labelled(labels, edits_of: EditsOf | None) -> tuple[list, EditsOf]:
+    """Labels and what they stand for, from both or from a mapping. Raises InputError where both or neither say it."""
+    if isinstance(labels, Mapping) is (edits_of is not None):
+        raise InputError(
+            "give labels and edits_of, a function of (label, row of the sink table), or {label: edits} alone."
+        )
+    if not isinstance(labels, Mapping):
+        return list(labels), edits_of
+    given = dict(labels)
+    return list(given), lambda label, row: given[label](row) if callable(given[label]) else given[label]
+
+
+def as_parts(made) -> tuple[Edit | Hold, ...]:
+    """What one run does, from one edit or several, with holds among them. Raises InputError for anything else."""
+    parts = (made,) if isinstance(made, Edit | Hold) or not isinstance(made, Iterable) else tuple(made)
+    for part in parts:
+        if not isinstance(part, Edit | Hold):
+            raise InputError(
+                f"{part!r} is neither an Edit nor a Hold: give a list of them, [zero(6, row.pos)] for example."
+            )
+    return parts
+
+
+def check_parts(parts: Sequence[Edit | Hold], adapter: Adapter, n_positions: int) -> None:
+    """Raises InputError for a layer or position that is not there, or a hold that reaches nothing."""
+    edits = [part for part in parts if isinstance(part, Edit)]
+    for part in parts:
+        if isinstance(part, Hold):
+            part.check(edits, adapter.n_layers, n_positions)
+        else:
+            part.check(adapter.n_layers, n_positions)
 
 
 def _origin(function: Callable) -> str:
@@ -159,12 +199,13 @@ class _Notes:
             self.arrays[prefix + name] = dims, np.full(sizes, np.nan, dtype=np.float32)
 
     def note_run(
-        self, outcomes: Sequence[Outcome], clean: CleanRun, run: EditedRun, edits: Sequence[Edit], members
+        self, outcomes: Sequence[Outcome], clean: CleanRun, run: EditedRun, parts: Sequence[Edit | Hold], members
     ) -> None:
+        layers = [part.layer for part in parts if isinstance(part, Edit)]
         for sink, label in members:
             self.note(outcomes, clean, run, sink, label)
-            self.arrays["first_layer"][1][sink, label] = first_edit(edits)[0]
-            self.arrays["last_edited"][1][sink, label] = max((edit.layer for edit in edits), default=-1)
+            self.arrays["first_layer"][1][sink, label] = first_edit(parts)[0]
+            self.arrays["last_edited"][1][sink, label] = max(layers, default=-1)
 
 
 def _check_options(
@@ -205,7 +246,7 @@ def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
     return table
 
 
-def _cells(rows: np.ndarray, plan: list[list[tuple[Edit, ...]]], n_labels: int, together: bool):
+def _cells(rows: np.ndarray, plan: list[list[tuple[Edit | Hold, ...]]], n_labels: int, together: bool):
     """(edits of one run, [(sink, label index), ...] that are measured in it), in an order that shares resume points."""
     if together:
         return [(_joined([e for r in rows for e in plan[r][k]]), [(int(r), k) for r in rows]) for k in range(n_labels)]
@@ -213,15 +254,15 @@ def _cells(rows: np.ndarray, plan: list[list[tuple[Edit, ...]]], n_labels: int, 
     return sorted(cells, key=lambda cell: (first_edit(cell[0]), cell[1]))
 
 
-def _changes_nothing(cell: tuple[Sequence[Edit], list]) -> bool:
-    return all(edit.changes_nothing for edit in cell[0])
+def _changes_nothing(cell: tuple[Sequence[Edit | Hold], list]) -> bool:
+    return all(part.changes_nothing for part in cell[0] if isinstance(part, Edit))
 
 
-def _joined(edits: list[Edit]) -> tuple[Edit, ...]:
-    """One position that is a sink twice (in two phases of the primary) is edited once in each layer."""
-    seen: dict[tuple, Edit] = {}
-    for edit in edits:
-        seen.setdefault((edit.layer, edit.positions), edit)
+def _joined(parts: list[Edit | Hold]) -> tuple[Edit | Hold, ...]:
+    """One position that is a sink twice (in two phases of the primary) is edited once in each layer; one hold serves all."""
+    seen: dict[Any, Edit | Hold] = {}
+    for part in parts:
+        seen.setdefault((part.layer, part.positions) if isinstance(part, Edit) else part, part)
     return tuple(seen.values())
 
 

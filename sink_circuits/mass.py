@@ -20,6 +20,7 @@ from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import (
     EditsOf,
+    _changes_nothing,
     _check_options,
     _check_sinks,
     _chunks,
@@ -27,6 +28,8 @@ from sink_circuits.experiments import (
     _prepare,
     _rows_per_batch,
     _several,
+    as_parts,
+    check_parts,
 )
 from sink_circuits.groups import KeyGroups
 from sink_circuits.interventions import Contribution
@@ -185,10 +188,10 @@ def measure_mass(
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
     known = table if found is None else pd.concat([table, found.table], ignore_index=True)
-    plan = [[tuple(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
+    plan = [[as_parts(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
     for prompt, cells in zip(table["prompt"], plan, strict=True):
-        for edit in (edit for cell in cells for edit in cell):
-            edit.check(adapter.n_layers, len(tokens.ids[tokens.names.index(prompt)]))
+        for cell in cells:
+            check_parts(cell, adapter, len(tokens.ids[tokens.names.index(prompt)]))
     rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
     shape = (adapter.n_layers, adapter.n_heads, len(GROUPS))
     clean_mass = np.full((len(table), *shape), np.nan, dtype=np.float32)
@@ -218,7 +221,7 @@ def measure_mass(
             clean_mass[some] = torch.stack(run.mass).numpy()
         mass[rows] = clean_mass[rows][:, None]
         treated = [(plan[sink][label], (int(sink), label)) for sink in rows for label in range(len(labels))]
-        treated = [(edits, at) for edits, at in treated if not all(edit.changes_nothing for edit in edits)]
+        treated = [(edits, at) for edits, at in treated if not _changes_nothing((edits, []))]
         treated.sort(key=lambda cell: (first_edit(cell[0]), cell[1]))
         for chunk in _chunks(treated, batch_size or rows_of[prompt]):
             asked = [[groups[sink]] for _, (sink, _) in chunk]

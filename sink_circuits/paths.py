@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from sink_circuits import statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import _name, _prepare, _rows_per_batch, _several, measure
+from sink_circuits.experiments import _name, _prepare, _rows_per_batch, _several, as_parts, measure
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
 from sink_circuits.interventions import Contribution, Edit, custom, zero
 from sink_circuits.models import Adapter, adapt
@@ -270,7 +271,10 @@ def measure_paths(
     lengths = {name: len(ids) for name, ids in zip(tokens.names, tokens.ids, strict=True)}
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
-        own = tuple(edits_of(row))
+        parts = as_parts(edits_of(row))
+        if held := [part.label for part in parts if isinstance(part, Hold)]:
+            raise InputError(f"the hold of {held[0]!r} stands among the edits: give it in holds=, beside the paths.")
+        own = cast(tuple[Edit, ...], parts)
         for edit in own:
             edit.check(adapter.n_layers, lengths[row.prompt])
         for hold in (hold for held in runs.values() for hold in held):

@@ -398,11 +398,12 @@ def _row_of(parts: tuple[Edit | Hold, ...], groups: tuple[KeyGroups, ...]) -> _R
     return _Row(tuple(part for part in parts if not isinstance(part, Hold)), holds, groups)
 
 
-def first_edit(edits: Sequence[Edit]) -> tuple[int, int]:
+def first_edit(parts: Sequence[Edit | Hold]) -> tuple[int, int]:
     """(first edited layer, first edited position) of one run: nothing below the one or before the other can change.
 
-    (-1, 0) when nothing is edited.
+    (-1, 0) when nothing is edited; holds do not count.
     """
+    edits = [part for part in parts if isinstance(part, Edit)]
     return min((e.layer for e in edits), default=-1), min((p for e in edits for p in e.positions), default=0)
 
 

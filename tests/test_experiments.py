@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from common import BACKENDS, REAL, SINK, by_hand, lens, no_forward_pass, prompt, real, real_run
+from common import BACKENDS, REAL, SINK, by_hand, lens, no_forward_pass, prompt, real, real_run, subject
 from test_statistics import percentile_bootstrap
 
 import sink_circuits as sc
@@ -293,6 +293,47 @@ def test_several_edits_of_ones_own():
             assert abs(effect.data["score"].sel(sink=sink, edit=label).values - expected.numpy()).max() < 2e-5
     assert (effect.data["first_layer"] == 3).all()
     assert (effect.data["last_edited"] == 7).all()
+
+
+@pytest.mark.parametrize("path", ["fast", "reference"])
+def test_what_is_held_clean_stands_beside_the_edits(path):
+    """Labels may be a mapping to one edit, to several, or to functions of the sink; holds are those of a pass by hand."""
+    plan = {
+        "free": lambda sink: sc.zero(6, sink.pos),
+        "keys held": lambda sink: [sc.zero(6, sink.pos), sc.Hold("k")],
+        "kept": lambda sink: [sc.rescale(6, sink.pos, 1.0), sc.Hold("k")],
+    }
+    one = secondary_of_one()
+    effect = sc.measure(lens(), TEXTS[0], one, plan, path=path, verbose=False)
+    assert effect.data["edit"].values.tolist() == list(plan) and effect.kind == "measure"
+    assert effect.data["first_layer"].values[0].tolist() == effect.data["last_edited"].values[0].tolist() == [6, 6, 6]
+    pos, model, clean = int(one.table["pos"][0]), subject().hf_model, by_hand(TEXTS[0])
+    keys = [("k", layer, p) for layer in range(7, 24) for p in range(len(TEXTS[0]))]
+    for label, held in (("free", []), ("keys held", keys)):
+        expected = hand.forward(model.state_dict(), model.config, TEXTS[0], {(6, pos): 0.0}, clean, held).pattern
+        found = effect.data["score"].sel(sink=0, edit=label).to_numpy()
+        assert np.abs(found - hand.sink_scores(expected)[..., pos].numpy()).max() < 2e-5
+    assert (effect.effect("score").sel(edit="kept") == 0).all()
+    together = sc.measure(lens(), TEXTS[0], one, plan, path=path, together=True, verbose=False)
+    np.testing.assert_allclose(together.data["score"], effect.data["score"], atol=1e-6)
+    fixed = sc.measure(lens(), TEXTS[0], one, {"free": sc.zero(6, pos)}, path=path, verbose=False)
+    np.testing.assert_array_equal(fixed.data["score"][:, 0], effect.data["score"].sel(edit="free"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "edits_of", "said"),
+    [
+        ({"a": lambda sink: sc.Hold("k")}, None, "in a run without edits, which is clean"),
+        ({"a": lambda sink: [sc.zero(6, sink.pos), sc.Hold("k", layers=(2,))]}, None, "'k in layers 2' reaches nothing"),
+        ({"a": lambda sink: "zero"}, None, "neither an Edit nor a Hold"),
+        (["a"], None, "give labels and edits_of, a function of"),
+        ({"a": sc.zero(6, 40)}, lambda *_: sc.zero(6, 40), "or {label: edits} alone"),
+    ],
+)  # fmt: skip
+def test_runs_that_say_nothing_are_refused(labels, edits_of, said):
+    sc.adapt(lens())
+    with no_forward_pass(), pytest.raises(InputError, match=said):
+        sc.measure(lens(), TEXTS[0], secondary_of_one(), labels, edits_of, verbose=False)
 
 
 def test_nothing_is_measured_as_zero_where_too_few_queries_follow():
