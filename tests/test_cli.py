@@ -149,10 +149,16 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
         "dose_response.safetensors",
         "ablation.safetensors",
         "controls.safetensors",
+        "token_scores.safetensors",
+        "mlp_stages.safetensors",
+        "writers.safetensors",
+        "neurons.safetensors",
+        "key_query_geometry.safetensors",
         "report.html",
     }
     page = (out / "report.html").read_text()
-    row = page[page.index('id="controls"') :].split("wrong layer")[1][:200]
+    row = page.split('<th scope="row" class="text">wrong layer</th>')[1][:400]
+    assert 'id="circuit-figure"' in page
     controls = Controlled.load(out / "controls.safetensors").compare().set_index("control")
     assert f"{abs(controls.loc['wrong layer', 'difference']):.3f}" in row
     assert "No controls are on this page" not in page
@@ -160,6 +166,20 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
     before = (out / "report.html").stat().st_mtime_ns
     assert main(["demo", folder, *texts, "--folder", str(out)]) == 2, "a folder that holds results is not written to"
     assert (out / "report.html").stat().st_mtime_ns == before
+
+
+def test_a_report_with_its_model_shows_texts_and_takes_one_sink_apart(model, tmp_path, capsys):
+    folder, texts = model
+    assert main(["detect", folder, *texts, "--out", str(tmp_path / "sinks.parquet")]) == 0
+    call = ["report", str(tmp_path / "sinks.parquet"), "--model", folder, *texts, "--out", str(tmp_path / "page.html")]
+    capsys.readouterr()
+    assert main([*call, "--max-tokens", "40"]) == 2, "other tokens than those of the results"
+    assert "give --prompts, --n-prompts, --max-tokens and --chat as in the run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sinks.parquet"]
+    assert main(call) == 0
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count('class="tok-strip"') == 3  # three texts, each with a sink
+    assert 'id="circuit-figure"' in page and "Nothing was intervened on" in page
 
 
 @pytest.mark.parametrize(
