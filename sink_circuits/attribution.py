@@ -16,6 +16,7 @@ the layers it missed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,11 @@ import xarray as xr
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from sink_circuits import arguments
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import layer_map
+from sink_circuits.experiments import _check_options, layer_map, measure
 from sink_circuits.gradients import GRAPH_BYTES, MEANS, Subject, check_memory, neuron_hook
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
@@ -232,7 +234,7 @@ class Attribution:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {"kind": "attribution", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Attribution:
@@ -283,11 +285,19 @@ def attribute(
     Raises InputError (arguments; a text too long for `graph_bytes`) and ModelError naming a missing hook, before any pass.
     """
     adapter = adapt(model)
-    targets = tuple(targets)
+    targets = arguments.several(targets, "targets")
     if wrong := {"together", "intervention"} & set(options):
         raise InputError(
             f"option {min(wrong)!r} is of no use here: the layer map of an attribution zeroes one sink at a time."
         )
+    arguments.number(graph_bytes, "graph_bytes", low=1)
+    if exact is not None:
+        arguments.instance(exact, "exact", Effect, "make it with layer_map()")
+    if sinks is not None:
+        arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")
+    if unknown := sorted(set(options) - set(inspect.signature(measure).parameters)):
+        raise InputError(f"option {unknown[0]!r} is unknown: see measure() for those that there are.")
+    _check_options(adapter, verbose=verbose, **{name: value for name, value in options.items() if name != "what"})
     _check_arguments(adapter, outcome, method, targets, positions, n_steps, readers)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
     recompute = check_memory(adapter, max(map(len, tokens)), graph_bytes)
@@ -372,15 +382,17 @@ def _check_arguments(adapter: Adapter, outcome, method, targets, positions, n_st
         ("outcome", outcome, OUTCOMES), ("method", method, METHODS), ("positions", positions, ("treated", "all")),
         *(("target", target, TARGETS) for target in targets),
     ):  # fmt: skip
-        if value not in known:
-            raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(known)}.")
+        arguments.one_of(value, name, known)
     if "contributions" not in targets:
         raise InputError(f"targets = {targets}: name 'contributions', the others come with them.")
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise InputError(f"n_steps = {n_steps}: at least 1.")
-    if readers is not None and not len(readers):
+    arguments.whole(n_steps, "n_steps", low=1)
+    readers = None if readers is None else arguments.several(readers, "readers", empty=True)
+    if readers is not None and not readers:
         raise InputError("readers is empty: name at least one (layer, head), or leave it out.")
-    for layer, head in readers or ():
+    for pair in readers or ():
+        if len(arguments.several(pair, "a reader")) != 2 or not all(map(arguments.is_whole, pair)):
+            raise InputError(f"reader {arguments.shown(pair)}: give (layer, head).")
+        layer, head = pair
         if not 0 <= layer < adapter.n_layers or not 0 <= head < adapter.n_heads:
             raise InputError(
                 f"reader ({layer}, {head}) is out of range: layers 0..{adapter.n_layers - 1}, heads 0..{adapter.n_heads - 1}."

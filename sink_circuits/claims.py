@@ -26,11 +26,11 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.controls import Controlled, Intervention, match_positions, with_controls
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import FACTORS, Effect, _check_layers, dose_response, layer_map, measure
+from sink_circuits.experiments import FACTORS, Effect, _check_layers, _several, dose_response, layer_map, measure
 from sink_circuits.interventions import (
     Edit,
     keep_direction,
@@ -45,6 +45,7 @@ from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import run_clean
+from sink_circuits.studies import KINDS
 
 ALPHA = 0.05
 MARGIN = 0.5
@@ -155,7 +156,7 @@ class Claims:
             "forming_layer": self.forming_layer, "forming_set": list(self.forming_set), "sinks": self.sinks.to_dict(orient="list"),
             "controls": self.controls.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
         }  # fmt: skip
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Claims:
@@ -197,6 +198,11 @@ def test_claims(
     sinks of these kinds, on both sides of the split where there is one.
     """
     check_counts(per_prompt, n_random)
+    if sinks is not None:
+        arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns, or leave them out")
+    kinds = arguments.several(kinds, "kinds")
+    for kind in kinds:
+        arguments.one_of(kind, "kind", KINDS)
     declared = declared_layers(layer, layers)
     _check_layers(declared, adapt(model).n_layers)
     tokens = as_tokens(model, tokens)
@@ -246,11 +252,13 @@ test_claims.__test__ = False  # type: ignore[attr-defined]  # its name makes pyt
 
 def declared_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The declared forming set, () where none is declared. Raises InputError for a set without its layer."""
+    layers = None if layers is None else _several(layers)
     if layer is None and layers is not None:
         raise InputError(f"layers {list(layers)} declare a forming set without its forming layer: give layer= too.")
     if layer is None:
         return ()
     declared = (layer,) if layers is None else tuple(layers)
+    _check_layers(declared, arguments.MOST)
     if layer not in declared or len(set(declared)) < len(declared):
         raise InputError(
             f"layers {list(declared)}: a forming set names each layer once, and the forming layer {layer} too."
@@ -259,7 +267,7 @@ def declared_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[in
 
 
 def check_counts(per_prompt: int, n_random: int) -> None:
-    if per_prompt < 1 or n_random < 1:
+    if any(not arguments.is_whole(n) or n < 1 for n in (per_prompt, n_random)):
         raise InputError(f"per_prompt = {per_prompt}, n_random = {n_random}: each at least 1.")
 
 

@@ -7,6 +7,7 @@ differences to controls are taken in log-odds; the unit is the prompt (`statisti
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,21 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import Effect, _name, mean_contributions, measure, resolve_layers
+from sink_circuits.experiments import (
+    Effect,
+    _check_options,
+    _check_sinks,
+    _name,
+    _several,
+    as_edits,
+    check_labels,
+    mean_contributions,
+    measure,
+    resolve_layers,
+)
 from sink_circuits.interventions import Contribution, Edit, custom, random_perturbation, replace, zero
 from sink_circuits.models import adapt, backend_of, load_model
 from sink_circuits.prompts import Tokens, as_tokens
@@ -128,7 +140,7 @@ class Controlled:
             "kind": "controls", "table": self.table.to_dict(orient="list"), "matches": self.matches.to_dict(orient="list"),
             "manifest": self.manifest.to_dict(),
         }  # fmt: skip
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Controlled:
@@ -217,20 +229,31 @@ def with_controls(
     `CONTROLS` are run; the others stay NaN. `found`: all sinks of these prompts, none of which may be a control (looked for when
     None). Other options as in `measure`. Raises InputError.
     """
-    if unknown := [name for name in controls if name not in CONTROLS]:
-        raise InputError(f"control {unknown[0]!r} is unknown: there are {', '.join(CONTROLS)}.")
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
-        raise InputError(f"n_random = {n_random!r}: a whole number, at least 0; 20 allow p <= 0.05.")
+    for name in arguments.several(controls, "controls", empty=True):
+        arguments.one_of(name, "control", CONTROLS, "there are {}")
+    if not arguments.is_whole(n_random) or not 0 <= n_random <= arguments.MOST:
+        raise InputError(f"n_random = {arguments.shown(n_random)}: a whole number, at least 0; 20 allow p <= 0.05.")
+    if unknown := sorted(set(options) - set(inspect.signature(measure).parameters)):
+        raise InputError(f"option {unknown[0]!r} is unknown: see measure() for those that there are.")
+    n_random = int(n_random)
+    _check_options(adapt(model), verbose=verbose, **{name: value for name, value in options.items() if name != "what"})
     if options.get("together") or options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError(
             "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
         )
     if not isinstance(intervention, Mapping):
         _name(intervention, "intervention", ("zero", "mean"))
+    adapt(model)
     tokens = as_tokens(model, tokens)
-    table = sinks.table.reset_index(drop=True)
+    table = _check_sinks(sinks, tokens)
+    if found is not None:
+        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
+    if random_model is not None:
+        adapt(random_model)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    layers_of = resolve_layers(model, layer, None if layers is None else tuple(layers), forming)
+    layers_of = resolve_layers(model, layer, None if layers is None else _several(layers), forming)
+    if forming is not None and len(forming) != len(table):
+        raise InputError(f"forming holds {len(forming)} layers for {len(table)} sinks: map the sinks that are treated.")
     own_layers = [layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
@@ -242,7 +265,7 @@ def with_controls(
         def edits(label, row: pd.Series) -> tuple[Edit, ...]:
             number = cast(int, row.name)  # the table's index counts its rows
             index = number if of is None else of[number]
-            return tuple(interventions[label](one, row) for one in layers_by_sink[index])
+            return tuple(edit for one in layers_by_sink[index] for edit in as_edits(interventions[label](one, row)))
 
         return edits
 
@@ -324,6 +347,8 @@ def with_controls(
 def _by_label(model, tokens: Tokens, sinks: Sinks, intervention, path: str) -> dict[str, Intervention]:
     """What `with_controls` is given as `intervention`, as label -> (layer, row of the sink table) -> Edit."""
     if isinstance(intervention, Mapping):
+        for label in check_labels(list(intervention)):
+            arguments.function(intervention[label], f"intervention {label!r}", "(layer, row of the sink table)")
         return dict(intervention)
     if not isinstance(intervention, str):
         name = _name(intervention, "intervention", ())

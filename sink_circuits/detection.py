@@ -20,11 +20,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sink_circuits.errors import InputError
+from sink_circuits import arguments
+from sink_circuits.arguments import MOST, is_number, is_whole, shown
+from sink_circuits.errors import InputError, ResultError
 from sink_circuits.memory import check_memory, need_of, rows_within
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
-from sink_circuits.results import Manifest, write_whole
+from sink_circuits.results import Manifest, frame_digest, write_whole
 from sink_circuits.runs import CleanRun, resolve_path, run_clean
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
@@ -62,21 +64,31 @@ class Thresholds:
             ("phase_rise", 1.0, float("inf")),
         ):  # fmt: skip
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"threshold {name} = {value!r} is not a number.")
+            if not is_number(value):
+                raise InputError(f"threshold {name} = {shown(value)} is not a number.")
             if not low <= value <= high:
                 raise InputError(f"threshold {name} = {value} is out of range: {low} to {high}.")
             if not math.isfinite(value):
                 raise InputError(f"threshold {name} = {value} is not finite: nothing would be found, give a number.")
             if isinstance(type(self).__dataclass_fields__[name].default, int) and int(value) != value:
                 raise InputError(f"threshold {name} = {value} is not a whole number: it counts layers or tokens.")
+            if value > MOST:
+                raise InputError(
+                    f"threshold {name} = {shown(value)} is out of range: nothing would be found above {MOST}."
+                )
+            counts = isinstance(type(self).__dataclass_fields__[name].default, int)
+            object.__setattr__(self, name, int(value) if counts else float(value))
         first = self.first_positions
-        if first is not None and not isinstance(first, Sequence):
-            raise InputError(f"first_positions = {first!r}: give several positions, such as ({first},).")
-        if first is not None and (not first or any(not isinstance(p, int | np.integer) or p < 0 for p in first)):
-            raise InputError(f"first_positions = {first}: name at least one position, counted from 0.")
-        if first is not None and len(set(first)) < len(first):
+        if first is None:
+            return
+        if not hasattr(first, "__len__"):
+            raise InputError(f"first_positions = {shown(first)}: give several positions, such as ({shown(first)},).")
+        first = arguments.several(first, "first_positions", empty=True)
+        if not first or any(not is_whole(p) or p < 0 for p in first):
+            raise InputError(f"first_positions = {shown(first)}: name at least one position, counted from 0.")
+        if len(set(first)) < len(first):
             raise InputError(f"first_positions = {first}: name each once.")
+        object.__setattr__(self, "first_positions", tuple(int(p) for p in first))
 
 
 COLUMNS = (
@@ -115,28 +127,30 @@ class Sinks:
 
     def select(self, *kinds: str) -> Sinks:
         """Only these kinds. Raises InputError for an unknown one."""
-        known = {"primary", "secondary", "primary-like", "bos_sink", "noise"}
-        if unknown := set(kinds) - known:
-            raise InputError(f"kind {sorted(unknown)[0]!r} is unknown: use one of {', '.join(sorted(known))}.")
+        for kind in kinds:
+            arguments.one_of(kind, "kind", ("bos_sink", "noise", "primary", "primary-like", "secondary"))
         return Sinks(self.table[self.table["kind"].isin(kinds)].reset_index(drop=True), self.prompts, self.manifest)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the table as parquet with the manifest inside; whole or not at all. Raises ResultError."""
         frame = self.table.copy()
-        frame.attrs = {
-            "sink_circuits": json.dumps({"manifest": self.manifest.to_dict(), "prompts": list(self.prompts)})
-        }
-        write_whole(Path(path), lambda temporary: frame.to_parquet(temporary), overwrite=overwrite)
+        meta = json.dumps({"manifest": self.manifest.to_dict(), "prompts": list(self.prompts)})
+        frame.attrs = {"sink_circuits": meta, "sha256": frame_digest(frame, meta)}
+        write_whole(path, lambda temporary: frame.to_parquet(temporary), overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Sinks:
         """Read what `save` wrote. Raises ResultError for a file that is not such a table."""
         from sink_circuits.results import read_parquet
 
-        frame = read_parquet(Path(path), COLUMNS)
-        meta = json.loads(frame.attrs["sink_circuits"])
+        frame = read_parquet(path, COLUMNS)
+        try:
+            meta = json.loads(frame.attrs["sink_circuits"])
+            prompts, manifest = tuple(meta["prompts"]), meta["manifest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResultError(f"{path} has metadata that cannot be read ({error!r}): make the result again.") from error
         frame.attrs = {}
-        return Sinks(frame, tuple(meta["prompts"]), Manifest.from_dict(meta["manifest"]))
+        return Sinks(frame, prompts, Manifest.from_dict(manifest))
 
 
 def find_sinks(
@@ -152,6 +166,7 @@ def find_sinks(
     when the weights were processed (its residuals would not be the model's).
     """
     thresholds = thresholds_of(method, thresholds, **changed)
+    arguments.flag(verbose, "verbose")
     adapter = adapt(model)
     tokens = as_tokens(model, tokens, attention_mask)
     _check_first_positions(thresholds.first_positions, tokens)
@@ -199,8 +214,11 @@ def thresholds_of(method: str, thresholds: Thresholds | None = None, **changed) 
     Raises InputError for an unknown method, a threshold that is unknown or out of range, or one that the published
     procedure fixes and that would be ignored with `official`.
     """
-    if method not in ("robust", "official"):
-        raise InputError(f"method {method!r} is unknown: use 'robust' or 'official'.")
+    arguments.one_of(method, "method", ("robust", "official"), "use 'robust' or 'official'")
+    if thresholds is not None:
+        arguments.instance(
+            thresholds, "thresholds", Thresholds, "make it with Thresholds(cosine=0.9), or give them one by one"
+        )
     default, known = Thresholds(), [field.name for field in fields(Thresholds)]
     if unknown := set(changed) - set(known):
         raise InputError(f"threshold {sorted(unknown)[0]!r} is unknown: there are {', '.join(known)}.")
@@ -261,7 +279,10 @@ def primary_direction(
     `primary`: a position; a row of a sink table, or sinks of this one prompt, for their own primary; None to look for it in
     this run, as `find_sinks` does. Raises InputError where there is none, and for sinks of several prompts.
     """
-    primary = _primary_of(clean, primary)
+    arguments.instance(clean, "clean", CleanRun, "make it with run_clean(model, tokens)")
+    layer = arguments.whole(layer, "layer", high=len(clean.base) - 1)
+    arguments.flag(raw, "raw")
+    primary = arguments.whole(_primary_of(clean, primary), "primary", high=clean.n_positions - 1)
     resid = clean.resid_post(layer).float()
     vector = resid[primary] if raw else resid[primary] - resid.median(dim=0).values
     return vector / vector.norm().clamp(min=1e-12)
@@ -286,8 +307,6 @@ def _primary_of(clean: CleanRun, primary: int | Sinks | pd.Series | None) -> int
             raise InputError(
                 "no primary sink was found in this run: say which position, primary_direction(clean, layer, 0)."
             )
-    if not 0 <= primary < clean.n_positions:
-        raise InputError(f"position {primary} is out of range: the text has positions 0..{clean.n_positions - 1}.")
     return primary
 
 
@@ -445,8 +464,10 @@ def official(
     For L <= 20 nothing can be secondary. Raises InputError for fewer than 2 layers, no candidate in the text, or values
     that are not finite.
     """
-    if hidden_states.ndim != 3 or hidden_states.shape[0] < 2:
-        raise InputError(f"hidden states of shape {tuple(hidden_states.shape)}: [layer >= 2, pos, d_model] is needed.")
+    shape = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else ()
+    if len(shape) != 3 or shape[0] < 2 or not hidden_states.is_floating_point():
+        raise InputError(f"hidden states {shown(hidden_states)}: a tensor [layer >= 2, pos, d_model] is needed.")
+    Thresholds(first_positions=arguments.several(first_positions, "first_positions"))  # checks them
     n_layers, n_positions = hidden_states.shape[:2]
     candidates = [p for p in first_positions if 0 <= p < n_positions]
     if not candidates:

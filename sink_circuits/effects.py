@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
+from sink_circuits.arguments import shown
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.outcomes import CHECKS, in_order
 from sink_circuits.results import Manifest, read_dataset, write_dataset
@@ -46,8 +47,8 @@ class Effect:
 
     def effect(self, outcome: str = "score") -> xr.DataArray:
         """Edited minus clean, [sink, edit] and the outcome's own axes. Raises InputError for an unknown outcome."""
-        if f"clean_{outcome}" not in self.data:
-            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(self._measured())}.")
+        if not isinstance(outcome, str) or f"clean_{outcome}" not in self.data:
+            raise InputError(f"outcome {shown(outcome)} was not measured: there are {', '.join(self._measured())}.")
         return self.data[outcome] - self.data[f"clean_{outcome}"]
 
     def reading(self) -> xr.DataArray:
@@ -68,8 +69,7 @@ class Effect:
             "edited": self.data[outcome],
             "clean": self.data[f"clean_{outcome}"].broadcast_like(difference),
         }
-        if what not in values:
-            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
+        arguments.one_of(what, "what", values, "use 'effect', 'edited' or 'clean'")
         if outcome in CHECKS:
             raise InputError(f"{outcome!r} is a manipulation check, no outcome: read effect.data[{outcome!r}].")
         return _lifetime_mean(values[what], self.reading())
@@ -150,13 +150,13 @@ class Effect:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {"kind": self.kind, "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Effect:
         """Read what `save` wrote. Raises ResultError for any other file."""
         data, meta = read_dataset(path)
-        if not {"kind", "table", "manifest"} <= set(meta):
+        if not {"kind", "table", "manifest"} <= set(meta) or (data.data_vars and "last_edited" not in data):
             raise ResultError(f"{path} is not an experiment's result: check the path.")
         return Effect(meta["kind"], data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
 
@@ -221,6 +221,7 @@ def interaction(separate: Effect, together: Effect) -> Interaction:
     in anything else.
     """
     for effect, name, joint in ((separate, "separate", False), (together, "together", True)):
+        arguments.instance(effect, name, Effect, "pass what an experiment returns")
         if bool(effect.manifest.settings.get("together")) is not joint:
             raise InputError(f"{name} was run with together={not joint}: run it with together={joint}.")
     for what, one, other in zip(_COMPARED, _compared(separate), _compared(together), strict=True):

@@ -2,7 +2,14 @@
 
 
 class SinkCircuitsError(ValueError):
-    """Base of all errors that a user's input can cause; the command line prints it alone and exits with 2."""
+    """Base of all errors that a user's input can cause; the command line prints it alone and exits with 2.
+
+    The message is one line whatever stands in it (names of files, other packages' errors), and cannot steer a terminal.
+    """
+
+    def __init__(self, message: object = ""):
+        line = " ".join(str(message).split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class ModelError(SinkCircuitsError):

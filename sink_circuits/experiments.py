@@ -21,7 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sink_circuits.detection import Sinks, Thresholds, find_sinks
+from sink_circuits import arguments
+from sink_circuits.arguments import is_whole, shown
+from sink_circuits.detection import COLUMNS, Sinks, Thresholds, find_sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.holds import Hold
@@ -64,12 +66,15 @@ def measure(
     first forward pass. Raises InputError, before it too for a text that does not fit the memory.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, outcomes, memory)
+    arguments.text(what, "what")
+    flags = {"loss": loss, "kl": kl, "together": together, "verbose": verbose}
+    _check_options(adapter, min_queries, batch_size, path, outcomes, memory, settings, **flags)
+    labels, edits_of = _labelled(labels, edits_of)
+    labels = check_labels(labels)
     own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
-    labels, edits_of = _labelled(labels, edits_of)
-    plan = [[as_parts(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
+    plan = plan_of(edits_of, labels, table)
     for row, cells in zip(table.itertuples(), plan, strict=True):
         n_positions = len(tokens.ids[tokens.names.index(row.prompt)])
         for cell in cells:
@@ -116,27 +121,16 @@ def measure(
     return Effect(what, xr.Dataset(notes.arrays, coords=notes.coords), table, manifest)
 
 
-def _labelled(labels, edits_of: EditsOf | None) -> tuple[list, EditsOf]:
+def _labelled(labels, edits_of: EditsOf | None) -> tuple[Any, EditsOf]:
     """Labels and what they stand for, from both or from a mapping. Raises InputError where both or neither say it."""
     if isinstance(labels, Mapping) is (edits_of is not None):
         raise InputError(
             "give labels and edits_of, a function of (label, row of the sink table), or {label: edits} alone."
         )
     if not isinstance(labels, Mapping):
-        return list(labels), edits_of
+        return labels, edits_of
     given = dict(labels)
     return list(given), lambda label, row: given[label](row) if callable(given[label]) else given[label]
-
-
-def as_parts(made) -> tuple[Edit | Hold, ...]:
-    """What one run does, from one edit or several, with holds among them. Raises InputError for anything else."""
-    parts = (made,) if isinstance(made, Edit | Hold) or not isinstance(made, Iterable) else tuple(made)
-    for part in parts:
-        if not isinstance(part, Edit | Hold):
-            raise InputError(
-                f"{part!r} is neither an Edit nor a Hold: give a list of them, [zero(6, row.pos)] for example."
-            )
-    return parts
 
 
 def check_parts(parts: Sequence[Edit | Hold], adapter: Adapter, n_positions: int) -> None:
@@ -215,20 +209,62 @@ def _check_options(
     path: str = "auto",
     outcomes=None,
     memory: float | None = None,
-    **_,
+    settings: Mapping | None = None,
+    **flags,
 ) -> None:
     as_outcomes(outcomes)
     check_min_queries(min_queries)
     resolve_path(adapter, path)
     check_memory(memory)
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size = {batch_size}: at least 1, or None to let memory decide.")
+    if batch_size is not None and (not arguments.is_whole(batch_size) or batch_size < 1):
+        raise InputError(f"batch_size = {arguments.shown(batch_size)}: at least 1, or None to let memory decide.")
+    if settings is not None:
+        arguments.instance(settings, "settings", Mapping, "give {name: value}, for the manifest")
+    for name in ("loss", "kl", "together", "verbose"):
+        arguments.flag(flags.get(name, False), name)
+
+
+def check_labels(labels) -> tuple:
+    """What names the axis `edit`: numbers or texts, each once. Raises InputError."""
+    labels = arguments.several(labels, "labels")
+    for label in labels:
+        if not isinstance(label, str) and not (arguments.is_number(label) and math.isfinite(label)):
+            raise InputError(f"label {arguments.shown(label)} is neither a number nor a text: give one of them.")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"labels {arguments.shown(labels)}: name each once.")
+    return labels
+
+
+def plan_of(edits_of: EditsOf, labels: Sequence, table: pd.DataFrame) -> list[list[tuple[Edit | Hold, ...]]]:
+    """The edits of every sink and label, and what is held beside them. Raises InputError for a function that does not give them."""
+    arguments.function(edits_of, "edits_of", "(label, row of the sink table)")
+    return [[as_parts(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
+
+
+def as_parts(made) -> tuple[Edit | Hold, ...]:
+    """What one run does, from one edit or several, with holds among them. Raises InputError for anything else."""
+    made = arguments.several((made,) if isinstance(made, Edit | Hold) else made, "what edits_of returns", empty=True)
+    for part in made:
+        if not isinstance(part, Edit | Hold):
+            raise InputError(
+                f"{shown(part)} is neither an Edit nor a Hold: give a list of them, [zero(6, row.pos)] for example."
+            )
+    return tuple(made)
+
+
+def as_edits(made) -> tuple[Edit, ...]:
+    """What a user's `edits_of` returned. Raises InputError for anything but edits."""
+    made = arguments.several((made,) if isinstance(made, Edit) else made, "what edits_of returns", empty=True)
+    remedy = "let it return a list of edits, [zero(6, row.pos)]"
+    return tuple(arguments.instance(edit, "what edits_of returns", Edit, remedy) for edit in made)
 
 
 def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
     if not isinstance(sinks, Sinks):
         raise InputError(f"sinks of type {type(sinks).__name__} cannot be read: pass what find_sinks returns.")
     table = sinks.table.reset_index(drop=True)
+    if lacking := [name for name in COLUMNS[:10] if name not in table]:
+        raise InputError(f"the sink table lacks the column {lacking[0]!r}: pass what find_sinks returns.")
     if not len(table):
         raise InputError("there are no sinks to treat: find_sinks found none of this kind in these prompts.")
     if len(set(tokens.names)) < len(tokens):
@@ -237,11 +273,12 @@ def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
         raise InputError(
             f"sinks of prompt {sorted(missing)[0]!r} were given without its tokens: pass the tokens they were found in."
         )
-    for prompt, pos, token_id in zip(table["prompt"], table["pos"].tolist(), table["token_id"], strict=True):
-        ids = tokens.ids[tokens.names.index(prompt)]
-        if not 0 <= pos < len(ids) or int(ids[pos]) != token_id:
+    for row in table.itertuples():
+        ids = tokens.ids[tokens.names.index(row.prompt)]
+        there = all(is_whole(place) and 0 <= place < len(ids) for place in (row.pos, row.primary_pos))
+        if not there or int(ids[row.pos]) != row.token_id:
             raise InputError(
-                f"the sink at position {pos} of prompt {prompt!r} is another token there: pass the tokens it was found in."
+                f"the sink at position {row.pos} of prompt {row.prompt!r} is another token there: pass the tokens it was found in."
             )
     return table
 
@@ -294,7 +331,8 @@ def _rows_per_batch(
 
 def _several(values) -> tuple:
     """One value or several, as a tuple."""
-    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    single = isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
+    return (values,) if single else tuple(values)
 
 
 def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Callable[[pd.Series], tuple[int, ...]]:
@@ -305,27 +343,30 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
     n_layers = model.cfg.n_layers
     if (layer is None) == (layers is None):
         raise InputError("give either layer= (a number or 'forming') or layers= (a joint set), not both.")
+    if forming is not None and not (isinstance(layer, str) and layer == "forming"):
+        raise InputError("forming layers were given and would not be used: pass layer='forming' with them.")
     if isinstance(layer, str):
         if layer != "forming":
             raise InputError(f"layer {layer!r} is unknown: give a number or 'forming'.")
         if forming is None:
             raise InputError("forming layers are not known: pass forming=layer_map(...).forming().")
+        forming = arguments.several(forming, "forming")
         _check_layers(forming, n_layers)
         own = [int(one) for one in forming]
         return lambda row: (own[cast(int, row.name)],)  # the table's index counts its rows
     joint = (layer,) if layers is None else _several(layers)
     if layers is None and isinstance(layer, Iterable):
-        raise InputError(f"layer {layer!r} names several: pass layers={layer!r} for a joint set.")
+        raise InputError(f"layer {shown(layer)} names several: pass layers={shown(layer)} for a joint set.")
+    _check_layers(joint, n_layers)
     if not joint or len(set(joint)) < len(joint):
         raise InputError(f"layers {joint}: name each layer once, and at least one.")
-    _check_layers(joint, n_layers)
     return lambda row: tuple(int(one) for one in joint)
 
 
 def _check_layers(layers, n_layers: int) -> None:
     for one in layers:
-        if isinstance(one, bool) or not isinstance(one, int | np.integer) or not 0 <= one < n_layers:
-            raise InputError(f"layer {one!r} is out of range: the model has layers 0..{n_layers - 1}.")
+        if not is_whole(one) or not 0 <= one < n_layers:
+            raise InputError(f"layer {shown(one)} is out of range: the model has layers 0..{n_layers - 1}.")
 
 
 def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping):
@@ -466,15 +507,13 @@ def _name(intervention, what: str, known: tuple[str, ...]) -> str:
     """What an intervention is called in results. Raises InputError for neither one of the `known` names nor a function."""
     if callable(intervention):
         return getattr(intervention, "__name__", "custom")
-    if intervention not in known:
-        names = " or ".join(map(repr, known))
-        raise InputError(f"{what} {intervention!r} is unknown: use {names} or a function of the contribution.")
-    return intervention
+    names = " or ".join(map(repr, known))
+    return arguments.one_of(intervention, what, known, f"use {names} or a function of the contribution")
 
 
 def _dose(dose) -> float:
-    if isinstance(dose, bool) or not isinstance(dose, int | float | np.number) or not math.isfinite(dose):
-        raise InputError(f"dose {dose!r} is not allowed: give a finite number.")
+    if not arguments.is_number(dose) or not math.isfinite(dose):
+        raise InputError(f"dose {shown(dose)} is not allowed: give a finite number.")
     return float(dose)
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sink_circuits.arguments import shown
 from sink_circuits.errors import InputError
-from sink_circuits.interventions import Edit, _positions, _whole
+from sink_circuits.interventions import Edit, _positions
 from sink_circuits.models import Adapter
 
 NORM_SCALE = "norm_scale"
@@ -41,11 +42,10 @@ class Hold:
     positions: tuple[int, ...] | str | None = None
 
     def __post_init__(self):
-        if self.what not in HOLDABLE:
-            raise InputError(f"{self.what!r} cannot be held: use one of {', '.join(HOLDABLE)}.")
+        if not isinstance(self.what, str) or self.what not in HOLDABLE:
+            raise InputError(f"{shown(self.what)} cannot be held: use one of {', '.join(HOLDABLE)}.")
         if self.layers is not None:
-            layers = [self.layers] if not isinstance(self.layers, Iterable) else self.layers
-            object.__setattr__(self, "layers", tuple(_whole(layer, "layer") for layer in layers))
+            object.__setattr__(self, "layers", _positions(self.layers, "layer"))
             if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
                 raise InputError(f"a hold of layers {self.layers}: name each once, counted from 0, at least one.")
         if isinstance(self.positions, str):

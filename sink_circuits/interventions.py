@@ -17,7 +17,6 @@ import functools
 import hashlib
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sink_circuits import arguments
+from sink_circuits.arguments import is_number, is_whole, shown
 from sink_circuits.errors import InputError
 from sink_circuits.statistics import seed_of
 
@@ -52,6 +53,10 @@ class Edit:
     def __post_init__(self):
         object.__setattr__(self, "positions", _positions(self.positions))
         object.__setattr__(self, "layer", _whole(self.layer, "layer"))
+        arguments.function(self.function, "the edit's function", "the contribution [pos, d_model]")
+        arguments.text(self.name, "the edit's name")
+        if self.parameter is not None:
+            arguments.number(self.parameter, "the edit's parameter")
         if not self.positions:
             raise InputError(f"edit {self.name!r} of layer {self.layer} names no positions: give at least one.")
         if len(set(self.positions)) < len(self.positions):
@@ -118,18 +123,17 @@ class Edit:
         return [(f"blocks.{self.layer}.hook_mlp_out", hook)]
 
 
-def _positions(positions) -> tuple[int, ...]:
-    single = isinstance(positions, str) or not hasattr(positions, "__iter__") or getattr(positions, "ndim", 1) == 0
-    return tuple(_whole(p, "position") for p in ([positions] if single else positions))
+def _positions(positions, what: str = "position") -> tuple[int, ...]:
+    single = (
+        isinstance(positions, str | bytes) or not hasattr(positions, "__iter__") or getattr(positions, "ndim", 1) == 0
+    )
+    return tuple(_whole(p, what) for p in ([positions] if single else positions))
 
 
 def _whole(value, what: str) -> int:
-    try:
-        return operator.index(value)  # also integers of numpy and torch
-    except TypeError as error:
-        raise InputError(
-            f"{what} {value!r} is not a whole number: whole numbers, counted from 0, are needed."
-        ) from error
+    if not is_whole(value):
+        raise InputError(f"{what} {shown(value)} is not a whole number: whole numbers, counted from 0, are needed.")
+    return int(value)
 
 
 def zero(layer: int, positions: int | Sequence[int]) -> Edit:
@@ -165,9 +169,9 @@ def custom(
     name: str | None = None, parameter: float | None = None,
 ) -> Edit:  # fmt: skip
     """A function of your own, [pos, d_model] -> [pos, d_model], pure; `name` is the function's own unless given."""
-    if not callable(function):
-        raise InputError(f"function {function!r} cannot be called: give a function of the contribution [pos, d_model].")
-    return Edit(layer, _positions(positions), function, name or getattr(function, "__name__", "custom"), parameter)
+    arguments.function(function, "function", "the contribution [pos, d_model]")
+    name = getattr(function, "__name__", "custom") if name is None else name
+    return Edit(layer, _positions(positions), function, name, parameter)
 
 
 # Composition.
@@ -182,6 +186,7 @@ def compose(*edits: Edit) -> Edit:
         raise InputError("compose was given no edits: give at least one.")
     first = edits[0]
     for edit in edits:
+        arguments.instance(edit, "an edit to compose", Edit, "make it with zero(), rescale(), custom(), ...")
         if (edit.layer, edit.positions) != (first.layer, first.positions):
             raise InputError(
                 f"edits of layer {first.layer} at {first.positions} and of layer {edit.layer} at {edit.positions} do "
@@ -205,7 +210,8 @@ def window(layers: Iterable[int], make: Callable[[int], Edit]) -> tuple[Edit, ..
     Layers above the first get the edited run's own contribution: a function of it (zero, rescale, a direction) acts on
     what is there, a donor replaces it by what was noted. Raises InputError for no layers or one named twice.
     """
-    layers = [_whole(layer, "layer") for layer in layers]
+    layers = [_whole(layer, "layer") for layer in arguments.several(layers, "layers", empty=True)]
+    arguments.function(make, "make", "the layer")
     if not layers or len(set(layers)) < len(layers):
         raise InputError(f"layers {layers}: name each layer of a window once, and at least one.")
     return tuple(make(layer) for layer in layers)
@@ -231,10 +237,12 @@ def swap_norm(layer: int, positions: int | Sequence[int], donor: Float[Tensor, "
     A donor of norm 0 gives 0. Raises InputError for rows that do not fit, and in the run where c = 0 and donor is not.
     """
     positions = _positions(positions)
-    norms = _wide(_donor_rows(donor, positions)).norm(dim=-1, keepdim=True)
+    donors = _donor_rows(donor, positions)
+    norms = _wide(donors).norm(dim=-1, keepdim=True)
 
     def function(c: Contribution) -> Contribution:
         wide = _wide(c)
+        _same_width(wide, donors, "the donor")
         wanted = norms.to(wide)
         return wanted * _unit(wide, f"swap_norm at layer {layer}", needed=wanted[:, 0] > 0)
 
@@ -328,11 +336,16 @@ def write_along(layer: int, positions: int | Sequence[int], direction: Float[Ten
 
 def contribution_of(run: CleanRun, layer: int, positions: int | Sequence[int]) -> Contribution:
     """Rows [pos, d_model] that MLP `layer` adds in this run. Raises InputError outside the model or text."""
-    if run.contribution is None:
-        raise InputError("this clean run holds no contributions: make it with run_clean(model, tokens), resumable.")
+    _check_donor_run(run)
     positions = _positions(positions)
     Edit(layer, positions, keep, "donor").check(len(run.contribution), len(run.tokens))
     return run.contribution[_whole(layer, "layer")][list(positions)]
+
+
+def _check_donor_run(run) -> None:
+    if getattr(run, "contribution", None) is None:  # not a run at all, or one that nothing can be resumed from
+        what = "this clean run" if hasattr(run, "resid_post") else shown(run)
+        raise InputError(f"{what} holds no contributions: make it with run_clean(model, tokens), resumable.")
 
 
 def patch(
@@ -441,6 +454,7 @@ def resample(
     2309.16042; Heimersheim & Nanda, 2404.15255. Raises InputError when no other occurrence counts.
     """
     positions = _positions(positions)
+    arguments.instance(name, "name", str, "the donor is drawn from a text, such as the prompt's id")
     occurrences = _Occurrences.of(layer, positions, run, corpus, counted)
     order = functools.partial(seed_of, "resample", name)
     return replace(layer, positions, torch.cat([occurrences.others(p, order)[0] for p in positions]), "resample")
@@ -464,7 +478,7 @@ def neuron_contribution(
         raise InputError(
             f"activations {tuple(post.shape)} and weights {tuple(W_out.shape)} do not fit: give [pos, d_mlp] and [d_mlp, d_model]."
         )
-    chosen = [_whole(neuron, "neuron") for neuron in neurons]
+    chosen = [_whole(neuron, "neuron") for neuron in arguments.several(neurons, "neurons", empty=True)]
     if len(set(chosen)) < len(chosen) or any(not 0 <= neuron < len(W_out) for neuron in chosen):
         raise InputError(f"neurons {chosen[:8]}: name each once, in 0..{len(W_out) - 1}.")
     if instead is not None and instead.shape != post.shape[1:]:
@@ -501,10 +515,9 @@ def without_neurons(layer: int, positions: int | Sequence[int], part: Float[Tens
 
 def check_factor(factor: float) -> float:
     """The factor as float; raises InputError unless it is finite and not negative."""
-    try:
-        value = float(factor)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"factor {factor!r} is not a number.") from error
+    if not is_number(factor):
+        raise InputError(f"factor {shown(factor)} is not a number: give a finite one of at least 0.")
+    value = float(factor)
     if not math.isfinite(value) or value < 0:
         raise InputError(
             f"factor {factor} is not allowed: factors are finite and at least 0 (a negative one turns the contribution round)."
@@ -513,10 +526,9 @@ def check_factor(factor: float) -> float:
 
 
 def _norm(norm: float) -> float:
-    try:
-        value = float(norm)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"norm {norm!r} is not a number: give a finite one of at least 0.") from error
+    if not is_number(norm):
+        raise InputError(f"norm {shown(norm)} is not a number: give a finite one of at least 0.")
+    value = float(norm)
     if not math.isfinite(value) or value < 0:
         raise InputError(f"norm {norm} is not allowed: norms are finite and at least 0.")
     return value
@@ -528,8 +540,8 @@ def _one(position: int) -> int:
 
 def _donor_rows(donor: Float[Tensor, "pos d_model"], positions: tuple[int, ...]) -> Contribution:
     """One row per position, of one row for all or as many as there are positions."""
-    donor = donor.detach()
-    if donor.ndim not in (1, 2):
+    donor = _vectors(donor, "a donor")
+    if donor.ndim not in (1, 2) or not donor.numel():
         raise InputError(
             f"a donor of shape {tuple(donor.shape)} has no rows to give: give [d_model] or [pos, d_model]."
         )
@@ -537,6 +549,19 @@ def _donor_rows(donor: Float[Tensor, "pos d_model"], positions: tuple[int, ...])
     if len(rows) != len(positions):
         raise InputError(f"{len(rows)} donor rows for {len(positions)} positions: give one row, or one per position.")
     return rows
+
+
+def _vectors(given, what: str) -> Tensor:
+    """A tensor of real numbers, no part of a graph."""
+    if not isinstance(given, Tensor) or given.is_complex() or given.dtype == torch.bool:
+        raise InputError(f"{what} is {shown(given)}: give a tensor of real numbers, [d_model] or [pos, d_model].")
+    return given.detach()
+
+
+def _same_width(rows: Contribution, given: Tensor, what: str) -> None:
+    """Broadcasting would take a vector of width 1 without a word; a donor's norm is one of any width."""
+    if rows.shape[-1] != given.shape[-1]:
+        raise InputError(f"{what} has {given.shape[-1]} entries, the contribution {rows.shape[-1]}: give [d_model].")
 
 
 def _wide(rows: Tensor) -> Tensor:
@@ -553,7 +578,7 @@ def _unit(rows: Float[Tensor, "pos d_model"], what: str, needed: Tensor | None =
 
 
 def _direction(direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    direction = direction.detach()
+    direction = _vectors(direction, "a direction")
     if direction.ndim != 1:
         raise InputError(f"a direction of shape {tuple(direction.shape)} is not one vector: give [d_model].")
     if not torch.isfinite(direction).all() or not direction.any():
@@ -563,6 +588,7 @@ def _direction(direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"
 
 def _along(rows: Float[Tensor, "pos d_model"], unit: Float[Tensor, " d_model"]) -> Float[Tensor, "pos d_model"]:
     wide = _wide(rows)
+    _same_width(wide, unit, "the direction")
     unit = unit.to(wide)
     return (wide * unit).sum(dim=-1, keepdim=True) * unit
 
@@ -574,12 +600,17 @@ def _gaussian(size: int, *names) -> Float[Tensor, " size"]:
 
 def _with_masks(corpus: Iterable[CleanRun], counted: Iterable[Tensor] | None) -> Iterator[tuple[CleanRun, Tensor]]:
     """Each run with its mask; one run at a time, so that a corpus may be a generator."""
+    arguments.iterable(corpus, "corpus", "give a list of clean runs")
+    if counted is not None:
+        arguments.iterable(counted, "counted", "give one mask [pos] for each run of the corpus")
     masks = None if counted is None else iter(counted)
     for run in corpus:
+        _check_donor_run(run)
         mask = torch.ones(len(run.tokens), dtype=torch.bool) if masks is None else next(masks, None)
         if mask is None:
             raise InputError("there are fewer masks than runs: give one mask [pos] for each run of the corpus.")
-        mask = torch.as_tensor(mask)
+        if not isinstance(mask, Tensor):
+            raise InputError(f"the mask {shown(mask)} is no tensor: give Bool [pos].")
         if mask.dtype != torch.bool or mask.shape != run.tokens.shape:
             raise InputError(
                 f"a mask {mask.dtype} of shape {tuple(mask.shape)} for {len(run.tokens)} tokens: give Bool [pos]."

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import (
@@ -28,8 +28,9 @@ from sink_circuits.experiments import (
     _prepare,
     _rows_per_batch,
     _several,
-    as_parts,
+    check_labels,
     check_parts,
+    plan_of,
 )
 from sink_circuits.groups import KeyGroups
 from sink_circuits.interventions import Contribution
@@ -137,7 +138,7 @@ class MassAccount:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {"kind": "mass", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> MassAccount:
@@ -184,11 +185,14 @@ def measure_mass(
     made and checked before the first forward pass. Raises InputError.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, memory=memory)
+    _check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
+    labels = check_labels(labels)
+    if found is not None:
+        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     tokens = as_tokens(model, tokens, attention_mask)
     table = _check_sinks(sinks, tokens)
     known = table if found is None else pd.concat([table, found.table], ignore_index=True)
-    plan = [[as_parts(edits_of(label, row)) for label in labels] for _, row in table.iterrows()]
+    plan = plan_of(edits_of, labels, table)
     for prompt, cells in zip(table["prompt"], plan, strict=True):
         for cell in cells:
             check_parts(cell, adapter, len(tokens.ids[tokens.names.index(prompt)]))

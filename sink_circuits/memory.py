@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sink_circuits import arguments
 from sink_circuits.attention import BLOCK_FLOATS
 from sink_circuits.errors import InputError
 from sink_circuits.losses import LOGIT_SLICE_FLOATS
@@ -36,8 +37,8 @@ def check_memory(memory) -> float | None:
     """`memory` in GiB, or None. Raises InputError for anything but a positive, finite number."""
     if memory is None:
         return None
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf:
-        raise InputError(f"memory = {memory!r}: give GiB, more than 0, or None for what is free.")
+    if not arguments.is_number(memory) or not 0 < float(memory) < math.inf:
+        raise InputError(f"memory = {arguments.shown(memory)}: give GiB, more than 0, or None for what is free.")
     return float(memory)
 
 

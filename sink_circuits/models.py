@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sink_circuits import weights
+from sink_circuits import arguments, weights
+from sink_circuits.arguments import shown
 from sink_circuits.attention import AttentionForm
 from sink_circuits.conversion import loader_bars
 from sink_circuits.errors import ModelError
@@ -175,7 +178,15 @@ def _make_adapter(model) -> Adapter:
             refusal = str(error)
     comparable = backend == "bridge" and not processed and not _has_user_hooks(model)
     draft = Adapter(model, backend, twin, refusal, processed, parallel, (), "", ())
-    reference = _reference_pass(draft)
+    try:
+        reference = _reference_pass(draft)
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"a forward pass over {CHECK_TOKENS} tokens fails ({first}): check that weights and configuration belong together."
+        ) from error
     checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
     for check in checks:
         if not check.passed and _has_user_hooks(model):
@@ -341,7 +352,7 @@ def _check_plain(model, reference: _Reference) -> tuple[Check, ...]:
 def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[AttentionForm, ...], tuple[Check, ...]]:
     twin, limit = adapter.twin, TOLERANCES.get(reference.logits.dtype, 2e-4)
     inputs = twin.block_inputs(reference.tokens)
-    forms, errors, sums, parts = [], [], [], []
+    forms, errors, sums, parts, keys, values = [], [], [], [], [], []
     n = len(reference.tokens)
     strictly_later = torch.ones(n, n, dtype=torch.bool, device=reference.tokens.device).tril(-1)
     for run in twin.run(inputs.embed, inputs, range(adapter.n_layers), sums=True):
@@ -350,7 +361,19 @@ def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[Attentio
         parts.append(relative_error(run.tap.base + run.tap.contribution, run.resid_post))
         expected = (reference.pattern[run.layer].float() * strictly_later).sum(-2)
         sums.append((run.tap.attention.later - expected).abs().max().item())
+        keys.append(run.tap.key)
+        values.append(run.tap.value)
         final = run.resid_post
+    start = n // 2  # as edited runs do: above the first block, in the middle of the text
+
+    def prefix(layer: int) -> tuple[Tensor, Tensor]:
+        return keys[layer][:, :, :start], values[layer][:, :, :start]
+
+    resid = reference.resid_post[0][:, start:]
+    resumed = [
+        relative_error(run.resid_post, reference.resid_post[run.layer][:, start:])
+        for run in twin.run(resid, inputs, range(1, adapter.n_layers), start=start, prefix=prefix)
+    ]
     log_probs = relative_error(twin.logits(final).float().log_softmax(-1), reference.logits.float().log_softmax(-1))
     remedy = "the reference path is used instead."
     return tuple(forms), (
@@ -358,6 +381,7 @@ def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[Attentio
         Check("fast path: base + contribution == resid_post", max(parts), limit, remedy),
         Check("fast path: attention received", max(sums), max(limit, 1e-3), remedy),
         Check("fast path: log-probabilities", log_probs, limit, remedy),
+        Check("fast path: resumed in the middle of a text", max(resumed, default=0.0), limit, remedy),
     )
 
 
@@ -430,22 +454,42 @@ def load_model(
             )
         return source
     if not isinstance(source, str | Path) or not str(source).strip():
-        raise ModelError(f"{source!r} is not a model: give a name, a folder, a GGUF file or a model object.")
+        raise ModelError(f"{shown(source)} is not a model: give a name, a folder, a GGUF file or a model object.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"dtype {shown(dtype)} is not one that models compute in: use torch.float32.")
+    arguments.flag(trust_remote_code, "trust_remote_code")
     folder, where = _find(str(source), verbose)
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with loader_bars(verbose):
-            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **where)
+            hf, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                use_safetensors=True, **where,  # other formats are pickles, which can run code
+            )  # fmt: skip
             if tokenizer is None and not _lacks_tokenizer(folder):
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a folder that was altered ends in anything, from ZeroDivisionError to tokenizers' own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{str(source)!r} could not be loaded ({first}): {_choices()}.") from error
+    _check_complete(str(source), hf, info)
     bridge = _bridge(hf.eval(), tokenizer, str(source) if where else Path(str(source)).name, device)
     bridge.__dict__["_sink_circuits_revision"] = _revision(folder, where)
     return bridge
+
+
+def _check_complete(source: str, hf, info: Mapping) -> None:
+    """Raises ModelError for weights that do not fill the model: transformers draws what is missing at random and warns."""
+    remedy = "give the weights and the config.json that belong together"
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{source!r} lacks {len(missing)} tensors, such as {missing[0]}: {remedy}.")
+    n_layers = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+    for key in sorted(info["unexpected_keys"]):
+        block = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{key}")
+        if block and isinstance(n_layers, int) and int(block[1]) >= n_layers:
+            raise ModelError(
+                f"{source!r} holds weights of block {block[1]} and a config.json of {n_layers} blocks: {remedy}."
+            )
 
 
 def _revision(folder: str, where: dict) -> str:
@@ -563,7 +607,7 @@ def _bridge(hf, tokenizer, name: str, device: str):
             device=device,
             model_name=name,
         )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # whatever it meets in an architecture that it does not know
         raise ModelError(
             f"TransformerLens has no bridge for {type(hf).__name__} ({str(error).splitlines()[0]}): use a decoder architecture it supports."
         ) from error

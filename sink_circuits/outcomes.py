@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sink_circuits import arguments
+from sink_circuits.arguments import is_whole, shown
 from sink_circuits.detection import Thresholds, layer_runs, split_phases
 from sink_circuits.errors import InputError
 from sink_circuits.runs import CleanRun, Columns, EditedRun
@@ -47,10 +49,11 @@ def key_column(run: CleanRun | EditedRun, pos: int) -> Columns:
 
     Raises InputError for a position that was not asked for when the run was made.
     """
+    _check_run(run)
     columns = run.columns
-    if columns is None or int(pos) not in columns.chosen:
+    if columns is None or not is_whole(pos) or int(pos) not in columns.chosen:
         have = () if columns is None else columns.chosen
-        raise InputError(f"the run holds no attention on position {pos}: it was made with chosen={tuple(have)}.")
+        raise InputError(f"the run holds no attention on position {shown(pos)}: it was made with chosen={tuple(have)}.")
     index = columns.chosen.index(int(pos))
     log_attention, log_rest = (
         values[..., index : index + 1].contiguous() for values in (columns.log_attention, columns.log_rest)
@@ -60,14 +63,20 @@ def key_column(run: CleanRun | EditedRun, pos: int) -> Columns:
 
 def resid_post_at(run: CleanRun | EditedRun, pos: int) -> Float[Tensor, "layer d_model"]:
     """The residual stream at `pos` after every block, float32. Raises InputError for a position the run does not hold."""
+    _check_run(run)
     if isinstance(run, EditedRun):
-        if int(pos) not in run.columns.chosen:
+        if not is_whole(pos) or int(pos) not in run.columns.chosen:
             raise InputError(
-                f"the edited run holds no residual stream at position {pos}: only at {run.columns.chosen}."
+                f"the edited run holds no residual stream at position {shown(pos)}: only at {run.columns.chosen}."
             )
         return run.resid_post_chosen[:, run.columns.chosen.index(int(pos))].float()
-    base = run.base[:, int(pos)]
-    return (base if run.contribution is None else base + run.contribution[:, int(pos)]).float()
+    pos = arguments.whole(pos, "position", high=run.n_positions - 1)
+    base = run.base[:, pos]
+    return (base if run.contribution is None else base + run.contribution[:, pos]).float()
+
+
+def _check_run(run) -> None:
+    arguments.instance(run, "the run", CleanRun | EditedRun, "make it with run_clean() or run_edited()")
 
 
 def unedited(clean: CleanRun) -> EditedRun:
@@ -205,13 +214,13 @@ def as_outcomes(given) -> tuple[Outcome, ...]:
         return ()
     if isinstance(given, Mapping):
         made = [Outcome(name, function) for name, function in given.items()]
-    elif isinstance(given, Iterable) and not isinstance(given, str):
+    elif isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", None) != 0:
         made = [
             one if isinstance(one, Outcome) else Outcome(getattr(one, "__name__", type(one).__name__), one)
             for one in given
         ]
     else:
-        raise InputError(f"outcomes = {given!r}: give {{name: function}} or a list of functions.")
+        raise InputError(f"outcomes = {shown(given)}: give {{name: function}} or a list of functions.")
     for index, (name, function) in enumerate((one.name, one.function) for one in made):
         if not callable(function):
             raise InputError(f"outcome {name!r} cannot be called: give a function of (clean, edited, sink).")

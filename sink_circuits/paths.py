@@ -29,10 +29,10 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import _name, _prepare, _rows_per_batch, _several, as_parts, measure
+from sink_circuits.experiments import _check_options, _name, _prepare, _rows_per_batch, _several, as_parts, measure
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
 from sink_circuits.interventions import Contribution, Edit, custom, zero
 from sink_circuits.models import Adapter, adapt
@@ -188,7 +188,7 @@ class PathEffect:
             "kind": "paths", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
             "norm_scales": self.norm_scales,
         }  # fmt: skip
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_dataset(path, self.data, meta, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> PathEffect:
@@ -262,7 +262,9 @@ def measure_paths(
     are the clean run: copied, all effects exactly 0. All edits and holds are checked before the first forward pass.
     """
     adapter = adapt(model)
-    holds = tuple(_check_hold(hold) for hold in holds)
+    _check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
+    holds = tuple(_check_hold(hold) for hold in arguments.several(holds, "holds", empty=True))
+    arguments.function(edits_of, "edits_of", "a row of the sink table")
     if len({hold.label for hold in holds}) < len(holds):
         raise InputError(f"holds {[hold.label for hold in holds]}: name each once.")
     scales, nested = _scales(adapter, norm_scales)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sink_circuits import arguments
+from sink_circuits.arguments import MOST, shown
 from sink_circuits.errors import InputError
 
 
@@ -31,6 +33,14 @@ class Prompt:
     text: str
     output: str = ""
     answer: str = ""
+
+    def __post_init__(self):
+        for name in self.__dataclass_fields__:
+            value = arguments.instance(getattr(self, name), f"a prompt's {name}", str, "give a string")
+            if any(
+                "\ud800" <= character <= "\udfff" for character in value
+            ):  # JSON can say it, UTF-8 and tokenizers cannot
+                raise InputError(f"a prompt's {name} holds half a character (a surrogate): mend {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -94,10 +104,11 @@ class PromptSet(Sequence):
         tokenizer without a template, a text that holds a template already, an empty prompt, or one longer than the context.
         """
         tokenizer = _tokenizer_of(model)
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens = {max_tokens}: at least 1.")
+        max_tokens = None if max_tokens is None else arguments.whole(max_tokens, "max_tokens", low=1)
+        arguments.flag(chat, "chat")
         ids = []
         for prompt in self.prompts:
+            arguments.instance(prompt, "a prompt", Prompt, "make it with load_prompts() or Prompt(id, kind, text)")
             if not prompt.text.strip():
                 raise InputError(f"prompt {prompt.id!r} is empty: give it some text.")
             ids.append(torch.tensor(_encode(tokenizer, prompt, chat)[:max_tokens]))
@@ -205,9 +216,10 @@ def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
     `generation_idx` above 0 it follows behind a slash), `kind`, `answer`. Raises InputError for an unknown kind, a file that
     is missing, or naming the line and key that cannot be read.
     """
+    n = None if n is None else arguments.whole(n, "n", low=-MOST)
     if n is not None and n < 1:
         raise InputError(f"n = {n} prompts asked for: at least 1.")
-    path = Path(source)
+    path = Path(arguments.instance(source, "source", str | Path, "give a bundled kind, or the path of a file"))
     if os.path.exists(path) and not os.path.isdir(path):
         return PromptSet(tuple(_read_file(path)[:n]))
     bundled = _parse_lines(files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts")
@@ -250,7 +262,7 @@ def _parse_lines(text: str, where: str) -> list[Prompt]:
             raise InputError(
                 f"{where}, line {number}: not a whole JSON object ({error.msg}, column {error.colno}); mend or remove the line."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}, line {number}: {error}; mend or remove the line.") from error
     if not prompts:
         raise InputError(f"{where} holds no prompts: give at least one line.")
@@ -294,7 +306,7 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     padded, on either side), or a list of LongTensors [pos]. Raises InputError naming what is wrong.
     """
     names: tuple[str, ...] | None = None
-    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    attention_mask = None if attention_mask is None else _as_mask(attention_mask)
     if isinstance(tokens, str):
         tokens = PromptSet((Prompt("text", "text", tokens),))
     if (
@@ -311,16 +323,13 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     if isinstance(tokens, PromptSet):
         return tokens.tokens(model)
     if isinstance(tokens, Tokens):
-        rows, names = list(tokens.ids), tokens.names
+        rows, names = _rows_of(tokens.ids), _names_of(tokens)
     elif isinstance(tokens, Tensor):
         rows = _unpadded(tokens, attention_mask)
+        if attention_mask is None:
+            _check_padding(rows, getattr(getattr(model, "tokenizer", None), "pad_token_id", None))
     else:
-        try:
-            rows = [torch.as_tensor(row) for row in tokens]
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"tokens of type {type(tokens).__name__} cannot be read: pass LongTensor [pos] or a list of them."
-            ) from error
+        rows = _rows_of(tokens)
     if not rows:
         raise InputError("no prompts were given: pass at least one.")
     cfg, device = model.cfg, next(model.parameters()).device
@@ -328,7 +337,7 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     for index, row in enumerate(rows):
         if row.ndim == 1 and len(row) == 0:
             raise InputError(f"prompt {index} is empty: give it at least one token.")
-        if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
+        if row.ndim != 1 or row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
             raise InputError(
                 f"prompt {index}: tokens have shape {tuple(row.shape)} and type {row.dtype}; integers of shape [pos] are needed."
             )
@@ -341,6 +350,55 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
             raise InputError(f"prompt {index} holds token id {wrong}, the vocabulary 0..{cfg.d_vocab - 1}.")
         checked.append(row.to(device=device, dtype=torch.long))
     return Tokens(tuple(checked), names or tuple(f"prompt-{i}" for i in range(len(checked))))
+
+
+def _rows_of(tokens) -> list[Tensor]:
+    try:
+        if isinstance(tokens, bytes | Mapping):
+            raise TypeError
+        return [torch.as_tensor(row) for row in tokens]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"tokens of type {type(tokens).__name__} cannot be read: pass LongTensor [pos] or a list of them."
+        ) from error
+
+
+def _names_of(tokens: Tokens) -> tuple[str, ...]:
+    names = tuple(tokens.names) if isinstance(tokens.names, tuple | list) else ()
+    if len(names) != len(tokens.ids) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"Tokens of {len(tokens.ids)} prompts have names {shown(tokens.names)}: give each prompt a string."
+        )
+    if len(set(names)) < len(names):
+        raise InputError("two prompts share a name: give each its own.")
+    return names
+
+
+def _as_mask(mask) -> Tensor:
+    """An attention mask as Bool. Raises InputError for anything but zeros and ones."""
+    try:
+        made = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"attention_mask = {shown(mask)}: give a tensor of zeros and ones, [batch, pos].") from error
+    if made.is_complex() or not ((made == 0) | (made == 1)).all():
+        raise InputError(f"attention_mask = {shown(mask)}: give zeros and ones, 1 where there is text.")
+    return made.bool()
+
+
+def _check_padding(rows: Sequence[Tensor], pad: int | None) -> None:
+    """Raises InputError for rows that look padded and came without a mask: padding would be measured as text.
+
+    They do when one begins or ends with two of the tokenizer's padding tokens, or when only some begin or end with one.
+    """
+    if pad is None:
+        return
+    for side in (slice(2), slice(-1, -3, -1)):
+        ends = [[token == pad for token in row.tolist()[side]] for row in rows]
+        if any(len(end) > 1 and all(end) for end in ends) or len({end[0] for end in ends if end}) > 1:
+            raise InputError(
+                f"some rows begin or end with the tokenizer's padding token ({pad}): pass attention_mask, with ones where "
+                "there is text, or a list of rows of their own length."
+            )
 
 
 def _unpadded(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

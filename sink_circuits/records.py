@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sink_circuits.arguments import MOST
 from sink_circuits.detection import OfficialResult, official_type
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.results import write_whole
@@ -102,7 +103,7 @@ def read_records(path: str | Path) -> list[Record]:
             raise ResultError(
                 f"{path}, line {number}: not a whole JSON object ({error}); was the file cut off?"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ResultError(f"{path}, line {number}: {error}.") from error
     return records
 
@@ -158,4 +159,4 @@ def _need(fields, names: Sequence[str], where: str) -> None:
 
 
 def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST

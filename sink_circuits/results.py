@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from sink_circuits import arguments
 from sink_circuits.errors import ResultError
 
 FORMAT = 1
@@ -66,7 +68,7 @@ class Manifest:
     def from_dict(fields: Mapping) -> Manifest:
         try:
             manifest = Manifest(**fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ResultError(
                 f"the manifest of this file cannot be read ({error}): it was not written by this package."
             ) from error
@@ -84,14 +86,14 @@ def _own_version() -> str:
         return "uninstalled"
 
 
-def write_whole(path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
+def write_whole(path: str | Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
     """Write a file under a temporary name beside `path` and move it there in one step, so that no half file is seen.
 
     Raises ResultError when `path` exists (unless `overwrite`) or its folder cannot be written.
     """
     from safetensors import SafetensorError  # what its writer raises for a full disk
 
-    path = Path(path)
+    path = arguments.path(path)
     check_target(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -115,7 +117,8 @@ def _umask() -> int:
 
 def check_target(path: str | Path, *, overwrite: bool = False) -> None:
     """Before long work: can a result be written at `path`? Leaves nothing behind. Raises ResultError if not."""
-    path = Path(path)
+    path = arguments.path(path)
+    arguments.flag(overwrite, "overwrite")
     if path.is_dir():
         raise ResultError(f"{path} is a folder: name a file in it.")
     if path.exists() and not overwrite:
@@ -133,22 +136,25 @@ def _cannot_write(path: Path, error: Exception) -> ResultError:
     return ResultError(f"{path} cannot be written ({reason}): choose a folder with space and write permission.")
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_parquet(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     """A table written by this package, with its metadata in `attrs`. Raises ResultError otherwise."""
+    path = arguments.path(path)
     try:
         frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise ResultError(
-            f"{path} cannot be read as a parquet table ({str(error).splitlines()[0]}): check the path."
-        ) from error
+        digest = frame_digest(frame, str(frame.attrs.get("sink_circuits")))
+    except Exception as error:  # of a damaged file pyarrow says anything, from KeyError to its own classes
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ResultError(f"{path} cannot be read as a parquet table ({first}): check the path.") from error
     if "sink_circuits" not in frame.attrs or list(frame.columns) != list(columns):
         raise ResultError(
             f"{path} is not a table of sinks written by this package: make it with Sinks.save or `sink-circuits detect`."
         )
+    if frame.attrs.get("sha256", digest) != digest:  # older files have none
+        raise ResultError(f"{path} is damaged (its SHA-256 is not the one it was written with): make the result again.")
     return frame
 
 
-def write_dataset(path: Path, data: xr.Dataset, meta: Mapping, *, overwrite: bool = False) -> None:
+def write_dataset(path: str | Path, data: xr.Dataset, meta: Mapping, *, overwrite: bool = False) -> None:
     """Named-axis arrays as one safetensors file; axes, coordinates and `meta` travel as JSON in its header."""
     from safetensors.numpy import save_file
 
@@ -162,23 +168,43 @@ def write_dataset(path: Path, data: xr.Dataset, meta: Mapping, *, overwrite: boo
         )
     }  # fmt: skip
     arrays = {str(name): np.ascontiguousarray(array.values) for name, array in data.data_vars.items()}
+    header["sha256"] = _digest(header["sink_circuits"], arrays)
     write_whole(path, lambda temporary: save_file(arrays, temporary, metadata=header), overwrite=overwrite)
+
+
+def _digest(header: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file says: neither safetensors nor parquet notices a changed byte in its numbers."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}{array.dtype.str}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def frame_digest(frame: pd.DataFrame, meta: str) -> str:
+    """SHA-256 of a table and of the metadata it is saved with."""
+    rows = json.dumps({str(name): frame[name].tolist() for name in frame.columns}, default=str)
+    return hashlib.sha256(f"{meta}{rows}".encode()).hexdigest()
 
 
 def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
     """What `write_dataset` wrote. Raises ResultError for any other file."""
     from safetensors import SafetensorError, safe_open
 
+    path = arguments.path(path)
     try:
         with safe_open(str(path), framework="np") as file:
-            header = (file.metadata() or {}).get("sink_circuits")
+            metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise ResultError(
             f"{path} cannot be read as a result ({error}): check the path, or make the result again."
         ) from error
+    header = metadata.get("sink_circuits")
     if header is None:
         raise ResultError(f"{path} is a safetensors file but not a result of this package: check the path.")
+    if metadata.get("sha256", _digest(header, arrays)) != _digest(header, arrays):  # older files have none
+        raise ResultError(f"{path} is damaged (its SHA-256 is not the one it was written with): make the result again.")
     try:
         fields = json.loads(header)
         if fields["format"] != FORMAT:
@@ -188,6 +214,8 @@ def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
         data = xr.Dataset(
             {name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"]
         )
-        return data, fields["meta"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return data, dict(fields["meta"])
+    except ResultError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ResultError(f"{path} has a header that cannot be read ({error!r}): make the result again.") from error

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sink_circuits import arguments
+from sink_circuits.arguments import is_whole, shown
 from sink_circuits.attention import AttentionSums, streamed_attention
 from sink_circuits.errors import CacheError, InputError
 from sink_circuits.groups import KeyGroups, Masses
@@ -23,6 +25,7 @@ from sink_circuits.holds import Hold, hold_functions, hook_of, n_held
 from sink_circuits.interventions import Edit
 from sink_circuits.losses import loss_of_logits, next_token_kl, next_token_loss
 from sink_circuits.models import TOLERANCES, Adapter, adapt, relative_error
+from sink_circuits.prompts import as_tokens
 from sink_circuits.twin import BlockInputs, TwinRefused
 
 TINY = torch.finfo(torch.float32).tiny
@@ -120,7 +123,13 @@ def run_clean(
     Raises CacheError naming the hooks that a cache misses, InputError for an unknown path or a position out of range.
     """
     adapter = adapt(model)
+    tokens = as_tokens(model, [tokens]).ids[0]
     chosen = check_chosen(chosen, len(tokens))
+    arguments.flag(loss, "loss")
+    arguments.flag(resumable, "resumable")
+    row = arguments.whole(row, "row")
+    if mask is not None:
+        mask = _check_mask(mask, len(tokens))
     if clean_cache is not None:
         clean = _clean_from_cache(adapter, tokens, clean_cache, row, mask, chosen)
     elif resolve_path(adapter, path) == "fast":
@@ -132,8 +141,7 @@ def run_clean(
 
 def resolve_path(adapter: Adapter, path: str) -> str:
     """Which path serves: "fast" needs a twin and a model without hooks of the user's own."""
-    if path not in ("auto", "fast", "reference"):
-        raise InputError(f"path {path!r} is unknown: use 'auto', 'fast' or 'reference'.")
+    arguments.one_of(path, "path", ("auto", "fast", "reference"), "use 'auto', 'fast' or 'reference'")
     if path == "reference":
         return path
     if path == "fast" and adapter.twin is None:
@@ -144,12 +152,29 @@ def resolve_path(adapter: Adapter, path: str) -> str:
 
 
 def check_chosen(chosen: Sequence[int], n_positions: int) -> tuple[int, ...]:
+    chosen = arguments.several(chosen, "chosen positions", empty=True)
     for position in chosen:
+        if not is_whole(position):
+            raise InputError(f"position {shown(position)} is not a whole number: give positions counted from 0.")
         if not 0 <= position < n_positions:
             raise InputError(f"position {position} is out of range: the text has positions 0..{n_positions - 1}.")
-    if len(set(chosen)) < len(chosen):
-        raise InputError(f"a position is named twice in {tuple(chosen)}.")
-    return tuple(int(p) for p in chosen)
+    positions = tuple(int(p) for p in chosen)
+    if len(set(positions)) < len(positions):
+        raise InputError(f"a position is named twice in {positions}.")
+    return positions
+
+
+def _check_mask(mask, n_tokens: int) -> Bool[Tensor, " padded_pos"]:
+    """The attention mask of one padded row, whose ones are the text's own tokens."""
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        mask = torch.zeros(())
+    if mask.ndim != 1 or int(mask.bool().sum()) != n_tokens:
+        raise InputError(
+            f"the mask does not leave the text's {n_tokens} tokens: give its row of the attention mask, [padded_pos]."
+        )
+    return mask.bool()
 
 
 def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resumable: bool) -> CleanRun:
@@ -360,13 +385,17 @@ def run_edited(
     before anything is run.
     """
     adapter = adapt(model)
-    parts = [tuple(row) for row in rows]
+    arguments.instance(clean, "clean", CleanRun, "make it with run_clean(model, tokens, chosen=positions)")
+    arguments.flag(loss, "loss")
+    arguments.flag(kl, "kl")
+    parts = [_check_row(row) for row in arguments.several(rows, "rows", empty=True)]
     if not parts:
         return []
     if clean.columns is None or clean.contribution is None:
         raise InputError(
             "the clean run holds no columns, or cannot be resumed: make it with run_clean(..., chosen=positions)."
         )
+    groups = None if groups is None else [_check_groups(own) for own in arguments.several(groups, "groups", empty=True)]
     if groups is not None and len(groups) != len(parts):
         raise InputError(f"groups of {len(groups)} rows for {len(parts)} rows: give each row its own.")
     cells = [_row_of(row, () if groups is None else tuple(groups[i])) for i, row in enumerate(parts)]
@@ -377,11 +406,12 @@ def run_edited(
             raise InputError("two edits of one run change the same layer and position: join them into one function.")
         for hold in cell.holds:
             hold.check(cell.edits, adapter.n_layers, clean.n_positions)
+    resolved = resolve_path(adapter, path)
     if path == "fast" and clean.inputs is None:
         raise InputError(
             "the fast path needs a clean run of its own, this one is the reference path's: use path='auto'."
         )
-    fast = resolve_path(adapter, path) == "fast" and clean.inputs is not None
+    fast = resolved == "fast" and clean.inputs is not None
     make = _edited_fast if fast else _edited_reference
     runs: list[EditedRun | None] = [None] * len(cells)
     for resume, members in batches([cell.edits for cell in cells], alone=adapter.mixes_rows):
@@ -391,6 +421,19 @@ def run_edited(
         for i, run in zip(members, made[len(unedited) :], strict=True):
             runs[i] = run if groups is not None else replace(run, mass=None)
     return runs
+
+
+def _check_row(row) -> tuple[Edit | Hold, ...]:
+    parts = arguments.several([row] if isinstance(row, Edit | Hold) else row, "a row of edits", empty=True)
+    return tuple(
+        arguments.instance(part, "a part of a row", Edit | Hold, "a row is a list of edits, [zero(6, 40)]")
+        for part in parts
+    )
+
+
+def _check_groups(groups) -> tuple[KeyGroups, ...]:
+    own = arguments.several(groups, "the groups of a row", empty=True)
+    return tuple(arguments.instance(one, "groups", KeyGroups, "make them with mass.key_groups()") for one in own)
 
 
 def _row_of(parts: tuple[Edit | Hold, ...], groups: tuple[KeyGroups, ...]) -> _Row:

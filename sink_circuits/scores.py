@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sink_circuits import arguments
+from sink_circuits.arguments import MOST, is_whole, shown
 from sink_circuits.errors import InputError
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
@@ -77,6 +79,7 @@ def sink_scores(
     that is negative, out of range or named twice, CacheError for a cache that misses hooks.
     """
     check_min_queries(min_queries)
+    arguments.flag(inclusive, "inclusive")
     adapter = adapt(model)
     tokens = as_tokens(model, tokens, attention_mask)
     chosen = None if keys is None else keys_of_prompts(keys, tokens)
@@ -100,6 +103,7 @@ def keys_of_prompts(
     keys: Sequence[int] | Sequence[Sequence[int]], tokens: Sequence[Tensor]
 ) -> tuple[tuple[int, ...], ...]:
     """The key positions of each prompt, checked; a flat list is every prompt's. Raises InputError."""
+    keys = arguments.several(keys, "keys", empty=True)
     each: list[Any] = list(keys) if any(np.ndim(own) for own in keys) else [keys] * len(tokens)
     if len(each) != len(tokens):
         raise InputError(
@@ -140,6 +144,9 @@ def _mean_over_queries(sums: Tensor, windows: Sequence[int | None], inclusive: b
 
 
 def check_min_queries(min_queries: int) -> None:
+    if not is_whole(min_queries):
+        raise InputError(f"min_queries = {shown(min_queries)}: give a whole number, at least 1.")
+    arguments.whole(min_queries, "min_queries", low=-MOST)
     if min_queries < 1:
         raise InputError(f"min_queries = {min_queries}: at least 1, a mean over no queries is undefined.")
 

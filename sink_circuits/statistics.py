@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.stats
 from jaxtyping import Float
 
+from sink_circuits.arguments import is_number, shown
 from sink_circuits.errors import InputError
 
 N_RESAMPLES = 4999
@@ -428,8 +429,8 @@ def discovery_confirmation_split(
 
 
 def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence {confidence} is out of range: between 0 and 1, 0.95 for example.")
+    if not is_number(confidence) or not 0 < confidence < 1:
+        raise InputError(f"confidence {shown(confidence)} is out of range: between 0 and 1, 0.95 for example.")
 
 
 def _check_alternative(alternative: str) -> None:

@@ -13,11 +13,13 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sink_circuits import arguments
+from sink_circuits.arguments import MOST, flag, number, one_of, several, shown, text, whole
 from sink_circuits.errors import InputError
 
 KINDS = ("primary", "secondary", "primary-like")
@@ -40,15 +42,15 @@ class Texts:
     chat: bool = False
 
     def __post_init__(self):
-        _text(self.source, "prompts.source")
+        text(self.source, "prompts.source")
         if self.tokens is not None:
-            _text(self.tokens, "prompts.tokens")
+            text(self.tokens, "prompts.tokens")
             if self.chat or self.source != "all":
                 raise InputError("prompts.tokens are token ids already: leave prompts.source and prompts.chat out.")
         for name in ("n", "max_tokens"):
             if getattr(self, name) is not None:
-                _number(getattr(self, name), f"prompts.{name}", int, low=1)
-        _flag(self.chat, "prompts.chat")
+                object.__setattr__(self, name, whole(getattr(self, name), f"prompts.{name}", low=1))
+        object.__setattr__(self, "chat", flag(self.chat, "prompts.chat"))
 
     def read(self) -> tuple[tuple[str, str | tuple[int, ...]], ...]:
         """(id, text or token ids) of every prompt. Raises InputError for an unknown kind or a file that cannot be read."""
@@ -99,34 +101,35 @@ class Study:
 
     def __post_init__(self):
         settle = object.__setattr__
-        settle(self, "models", tuple(_text(m, "a model") for m in _several(self.models, "models")))
+        settle(self, "models", tuple(text(m, "a model") for m in several(self.models, "models")))
         prompts = _fields(Texts, self.prompts, "prompts") if isinstance(self.prompts, Mapping) else self.prompts
         if not isinstance(prompts, Texts):
-            raise InputError(f"prompts = {prompts!r}: give a table of source or tokens, n, max_tokens, chat.")
+            raise InputError(f"prompts = {shown(prompts)}: give a table of source or tokens, n, max_tokens, chat.")
         settle(self, "prompts", prompts)
-        settle(self, "kinds", tuple(_one_of(kind, "kind", KINDS) for kind in _several(self.kinds, "kinds")))
+        settle(self, "kinds", tuple(one_of(kind, "kind", KINDS) for kind in several(self.kinds, "kinds")))
         settle(self, "layers", _layers(self.layers))
-        settle(self, "interventions", tuple(_intervention(i) for i in _several(self.interventions, "interventions")))
-        settle(self, "outcomes", tuple(map(_own, _several(self.outcomes, "outcomes") if self.outcomes else ())))
+        settle(self, "interventions", tuple(_intervention(i) for i in several(self.interventions, "interventions")))
+        settle(self, "outcomes", tuple(map(_own, several(self.outcomes, "outcomes", empty=True))))
         low = 0 if "rescale" in self.interventions else -math.inf
-        settle(self, "factors", tuple(_number(f, "factor", float, low=low) for f in _several(self.factors, "factors")))
+        settle(self, "factors", tuple(number(f, "factor", low=low) for f in several(self.factors, "factors")))
         for name in ("models", "kinds", "layers", "factors", "interventions", "outcomes"):
             if isinstance(values := getattr(self, name), tuple) and len(set(values)) < len(values):
                 raise InputError(f"{name} = {list(values)}: name each once.")
         names = [path.split(":")[1] for path in self.outcomes]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"two outcomes are named {twice[0]!r}: name each its own.")
-        if self.sinks_per_prompt is not None:
-            _number(self.sinks_per_prompt, "sinks_per_prompt", int, low=1)
-        for name in ("min_queries", "layers_per_cell", "threads"):
-            _number(getattr(self, name), name, int, low=1)
-        if self.memory is not None and _number(self.memory, "memory", float) <= 0:
-            raise InputError(f"memory = {self.memory}: give GiB, more than 0, or leave it out for what is free.")
-        _flag(self.loss, "loss")
-        _flag(self.kl, "kl")
-        _one_of(self.path, "path", ("auto", "fast", "reference"))
+        for name in ("sinks_per_prompt", "min_queries", "layers_per_cell", "threads"):
+            if name != "sinks_per_prompt" or self.sinks_per_prompt is not None:
+                settle(self, name, whole(getattr(self, name), name, low=1))
+        if self.memory is not None:
+            if number(self.memory, "memory") <= 0:
+                raise InputError(f"memory = {self.memory}: give GiB, more than 0, or leave it out for what is free.")
+            settle(self, "memory", number(self.memory, "memory"))
+        for name in ("loss", "kl"):
+            settle(self, name, flag(getattr(self, name), name))
+        one_of(self.path, "path", ("auto", "fast", "reference"))
         for name in ("device", "seed"):
-            _text(getattr(self, name), name)
+            text(getattr(self, name), name)
         settle(self, "thresholds", _thresholds(self.thresholds))
 
     def detection_thresholds(self) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class Study:
 
 def read_study(path: str | Path) -> Study:
     """A study from a TOML file whose keys are the fields of `Study`. Raises InputError for anything else."""
+    path = arguments.path(path, "study")
     try:
         with open(path, "rb") as file:
             fields = tomllib.load(file)
@@ -160,18 +164,18 @@ def read_token_file(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"token file {path} cannot be read ({error}): check the path.") from error
     prompts: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            name, ids = str(record.get("id", f"line-{number}")), record["tokens"]
+            name, ids = str(record.get("id", f"line-{count}")), record["tokens"]
             if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
                 raise ValueError("the ids are not whole numbers from 0")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f'{path}, line {number}: {error}; a line is {{"id": "a", "tokens": [0, 17]}}.') from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f'{path}, line {count}: {error}; a line is {{"id": "a", "tokens": [0, 17]}}.') from error
         if name in prompts:
-            raise InputError(f"{path}, line {number}: the id {name!r} is taken; give each prompt its own.")
+            raise InputError(f"{path}, line {count}: the id {name!r} is taken; give each prompt its own.")
         prompts[name] = tuple(ids)
     if not prompts:
         raise InputError(f"{path} holds no prompts: give at least one line.")
@@ -180,8 +184,8 @@ def read_token_file(path: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 def fingerprint(content: Any) -> str:
     """SHA-256 of plain data, 32 hex digits: the same for equal content, in every process and version of Python."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    plain = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
 @functools.cache  # a module is imported once: the version noted must be that of the code which runs, not of a newer file
@@ -209,7 +213,7 @@ def own_function(path: str) -> tuple[Callable, str]:
 
 def _own(path) -> str:
     if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
-        raise InputError(f"{path!r} names no function: write 'module:function'.")
+        raise InputError(f"{shown(path)} names no function: write 'module:function'.")
     return path
 
 
@@ -228,47 +232,13 @@ def _fields(cls, given: Mapping, where: str):
     return cls(**given)
 
 
-def _several(values, name: str) -> tuple:
-    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{name} = {values!r}: give a list.")
-    if not (values := tuple(values)):
-        raise InputError(f"{name} is empty: give at least one.")
-    return values
-
-
-def _text(value, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{name} = {value!r}: give a string that is not empty.")
-    return value
-
-
-def _flag(value, name: str) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} = {value!r}: give true or false.")
-
-
-def _one_of(value, name: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}.")
-    return value
-
-
-def _number(value, name: str, kind: type, low: float = -math.inf):
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (whole or (kind is float and isinstance(value, float) and math.isfinite(value))):
-        raise InputError(f"{name} = {value!r}: give a {'whole' if kind is int else 'finite'} number.")
-    if value < low:
-        raise InputError(f"{name} = {value}: at least {low}.")
-    return kind(value)
-
-
 def _layers(layers) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(layers, str):
-        return _one_of(layers, "layers", ("all", "forming"))
+        return one_of(layers, "layers", ("all", "forming"))
     groups = []
-    for one in _several(layers, "layers"):
-        joint = _several(one, "a joint set of layers") if isinstance(one, list | tuple) else (one,)
-        group = tuple(sorted(_number(layer, "layer", int, low=0) for layer in joint))
+    for one in several(layers, "layers"):
+        joint = several(one, "a joint set of layers") if isinstance(one, list | tuple) else (one,)
+        group = tuple(sorted(whole(layer, "layer") for layer in joint))
         if len(set(group)) < len(group):
             raise InputError(f"the joint set {list(group)} names a layer twice: name each once.")
         groups.append(group)
@@ -277,18 +247,20 @@ def _layers(layers) -> str | tuple[tuple[int, ...], ...]:
 
 def _thresholds(given) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        raise InputError(f"thresholds = {given!r}: give a table, cosine = 0.9 for example.")
+        raise InputError(f"thresholds = {shown(given)}: give a table, cosine = 0.9 for example.")
     from sink_circuits.detection import Thresholds
 
     known = Thresholds.__dataclass_fields__
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            raise InputError(f"threshold {name!r} is unknown: there are {', '.join(known)}.")
+            raise InputError(f"threshold {shown(name)} is unknown: there are {', '.join(known)}.")
         if name == "first_positions":
-            positions = _several(value, "first_positions") if value is not None else None
-            checked[name] = positions and tuple(_number(p, "a first position", int, low=0) for p in positions)
+            positions = several(value, "first_positions") if value is not None else None
+            checked[name] = positions and tuple(whole(p, "a first position") for p in positions)
+        elif isinstance(known[name].default, int):
+            checked[name] = whole(value, f"threshold {name}", low=-MOST)
         else:
-            checked[name] = _number(value, f"threshold {name}", type(known[name].default))
+            checked[name] = number(value, f"threshold {name}")
     Thresholds(**checked)
     return checked

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.outcomes import BUILT_IN, CHECKS, ON_REQUEST
@@ -165,15 +165,19 @@ _SUMMARY = (
 
 def load_sweep(folder: str | Path) -> SweepResult:
     """What the sweep in `folder` has computed so far. Raises ResultError for a folder without a sweep."""
-    folder = Path(folder)
+    folder = arguments.path(folder, "folder")
     record = read_json(folder / STUDY)
     if record.get("format") != FORMAT:
         raise ResultError(
             f"{folder} has format {record.get('format')}, this version reads {FORMAT}: use the version that wrote it."
         )
     failures = read_json(folder / FAILURES) if (folder / FAILURES).exists() else {}
+    try:
+        study, plans = Study(**record["study"]), _plans(record.get("cells", []))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ResultError(f"{folder / STUDY} is damaged ({error}): sweep into another folder.") from error
     cells, frames = [], []
-    for plan in record.get("cells", []):
+    for plan in plans:
         effect = read_cell(folder, plan["cell"])
         state = "done" if effect is not None else "failed" if plan["cell"] in failures else "missing"
         row = {**plan, "layers": ", ".join(plan["layers"]), "state": state}
@@ -184,7 +188,17 @@ def load_sweep(folder: str | Path) -> SweepResult:
             frames.append(_rows(effect, plan["model"]))
     columns = ["cell", "model", "weights", "prompt", "layers", "state", "n_sinks", "cause"]
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_TABLE))
-    return SweepResult(Study(**record["study"]), folder, pd.DataFrame(cells, columns=columns), table.astype(_TABLE))
+    return SweepResult(study, folder, pd.DataFrame(cells, columns=columns), table.astype(_TABLE))
+
+
+def _plans(cells) -> list[dict]:
+    """The plan of a sweep as `sweep` writes it. Raises ValueError otherwise."""
+    keys = {"cell", "model", "weights", "prompt", "layers"}
+    if not isinstance(cells, list) or not all(isinstance(one, dict) and set(one) == keys for one in cells):
+        raise ValueError("its plan of cells is not what a sweep writes")
+    if not all(isinstance(one["layers"], list) and Path(str(one["cell"])).name == one["cell"] for one in cells):
+        raise ValueError("a cell of its plan has no proper name or layers")
+    return cells
 
 
 def _rows(effect: Effect, model: str) -> pd.DataFrame:

@@ -34,7 +34,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError, SinkCircuitsError
 from sink_circuits.experiments import Effect, dosed, layer_map, measure
@@ -463,7 +463,9 @@ def sweep(study: Study, folder: str | Path, executor=None, *, verbose: bool = Tr
     once, listed in the result, and tried again by the next call. Raises InputError, ModelError and ResultError before
     any long work: for layers, prompts or models that do not fit, and a folder of another study.
     """
-    folder, submitter = Path(folder), _submitter(executor)
+    arguments.instance(study, "study", Study, "make it with Study(models=[...]) or read_study(path)")
+    arguments.flag(verbose, "verbose")
+    folder, submitter = arguments.path(folder, "folder"), _submitter(executor)
     prompts, settings = study.prompts.read(), shared_settings(study)
     record = {"format": FORMAT, "study": study.to_dict(), "prompts": fingerprint(prompts)}
     with _claimed(folder, record):
@@ -503,7 +505,7 @@ def _claimed(folder: Path, record: Mapping) -> Iterator[None]:
 
 
 def _check_same(folder: Path, held: Mapping, record: Mapping) -> None:
-    other = held.get("study", {})
+    other = held.get("study") if isinstance(held.get("study"), Mapping) else {}
     # A sweep may go on with more memory, or less.
     changed = [name for name in record["study"] if name != "memory" and other.get(name) != record["study"][name]]
     if held.get("format") != record["format"]:

@@ -124,7 +124,7 @@ def test_one_value_serves_where_several_may_stand():
         (lambda s: sc.ablate(lens(), prompt(), s, layer=[2, 3]), r"layer \[2, 3\] names several: pass layers="),
         (lambda s: sc.ablate(lens(), prompt(), s.table, layer=2), "sinks of type DataFrame cannot be read"),
         (lambda s: sc.ablate(lens(), prompt(), s, layer=2, batchsize=3), "option 'batchsize' is unknown"),
-        (lambda s: sc.ablate(lens(), prompt(), s, layer=2, batch_size="a"), "batch_size = a"),
+        (lambda s: sc.ablate(lens(), prompt(), s, layer=2, batch_size="a"), "batch_size = 'a'"),
         (lambda s: sc.find_sinks(lens(), prompt(), cosine="a"), "threshold cosine = 'a' is not a number"),
         (
             lambda s: sc.find_sinks(lens(), prompt(), clean_cache=(1, 2)),

@@ -1,5 +1,10 @@
 """Every architecture the table in the docs names, from small random configurations: nothing is downloaded."""
 
+import functools
+import re
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -33,7 +38,8 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", NARROW, "fast", False),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**NARROW, **EXPERTS}, "fast", False),
     "phi": ("PhiForCausalLM", "PhiConfig", PLAIN, "fast", True),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", PLAIN, "fast", False),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**PLAIN, "sliding_window": 24}, "fast", False),
+    "phi4": ("Phi3ForCausalLM", "Phi3Config", {**PLAIN, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}, "fast", False),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", NARROW, "fast", False),
     "gemma2": (
         "Gemma2ForCausalLM", "Gemma2Config",
@@ -50,8 +56,38 @@ ARCHITECTURES = {
     "bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 4, "n_head": 4}, "reference", False),
     "cohere": ("CohereForCausalLM", "CohereConfig", PLAIN, "fast", True),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", PLAIN, "fast", False),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {**PLAIN, "sliding_window": 24}, "fast", False),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {**PLAIN, "sliding_window": 24}, "fast", False),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", PLAIN, "fast", False),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", PLAIN, "reference", False),
+    "opt": (
+        "OPTForCausalLM", "OPTConfig",
+        {**FALCON, "ffn_dim": 96, "max_position_embeddings": 256, "word_embed_proj_dim": 64}, "reference", False,
+    ),
+    "gpt_neo": (
+        "GPTNeoForCausalLM", "GPTNeoConfig",
+        {"vocab_size": 128, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]],
+         "window_size": 24, "max_position_embeddings": 256}, "reference", False,
+    ),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {**NARROW, "num_local_experts": 2}, "reference", False),
+    "mpt": (
+        "MptForCausalLM", "MptConfig", {"vocab_size": 128, "d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 256},
+        "reference", False,
+    ),
 }  # fmt: skip
+BESIDE = ("olmo3", "starcoder2", "nemotron", "granite", "opt", "gpt_neo", "llama4", "mpt")
+"""Beyond those that every run of the tests must cover."""
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in BESIDE else ()) for name in ARCHITECTURES]
 NEEDS_TL4 = {"cohere": "TransformerLens 3.9 computes Cohere's logits wrongly, and the load check says so"}
+REFUSED = {
+    "mamba": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "bert": ("BertForMaskedLM", "BertConfig", {**FALCON, "intermediate_size": 96}),
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config",
+        {"vocab_size": 128, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 96, "d_kv": 16},
+    ),
+}  # fmt: skip
+DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
 def build(name: str, **how):
@@ -79,22 +115,31 @@ def hugging_face(name: str, tokens):
 
 
 def load(name: str):
-    from importlib.metadata import version
+    refused = name in NEEDS_TL4 and version("transformer-lens").startswith("3.")
+    return (_refused if refused else _loaded)(name)
 
+
+@functools.cache
+def _loaded(name: str):
+    """Shared by tests: none may change it."""
     model, path, parallel = build(name)
-    if name in NEEDS_TL4 and version("transformer-lens").startswith("3."):
-        with pytest.raises(ModelError, match="log-probabilities equal plain Hugging Face's"):
-            sc.load_model(model)
-        pytest.skip(NEEDS_TL4[name])
     return sc.load_model(model), path, parallel
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def _refused(name: str):
+    model, _, _ = build(name)
+    with pytest.raises(ModelError, match="log-probabilities equal plain Hugging Face's"):
+        sc.load_model(model)
+    pytest.skip(NEEDS_TL4[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_paths_and_edits(name, tokens):
     pattern, logits = hugging_face(name, tokens)
     model, path, parallel = load(name)
     adapter = adapt(model)
     assert adapter.parallel == parallel
+    assert all(check.passed for check in adapter.checks)
     cleans = {
         "auto": run_clean(model, tokens, chosen=(0, 20)),
         "reference": run_clean(model, tokens, chosen=(0, 20), path="reference"),
@@ -135,17 +180,70 @@ def test_scores_paths_and_edits(name, tokens):
         torch.testing.assert_close(fast.loss, reference.loss, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_invariants_of_edited_runs(name):
+    """No-op, impossible cells (layers and queries) and both paths: what `sink-circuits check` says of a model of one's own."""
+    for check in sc.check_invariants(load(name)[0]):
+        assert check.passed, f"{check.name}: {check.error}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_on_either_side_changes_no_number(name, tokens):
+    """Rows of a batch of different lengths give what each text gives by itself, to the bit."""
+    model = load(name)[0]
+    rows = [tokens, tokens[:37].flip(0)]
+    alone = sc.sink_scores(model, rows, min_queries=8).scores
+    for side in ("left", "right"):
+        padded, mask = torch.zeros(2, N, dtype=torch.long), torch.zeros(2, N, dtype=torch.long)
+        for index, row in enumerate(rows):
+            where = slice(N - len(row), None) if side == "left" else slice(len(row))
+            padded[index, where], mask[index, where] = row, 1
+        batch = sc.sink_scores(model, padded, attention_mask=mask, min_queries=8).scores
+        assert all(
+            torch.equal(one.nan_to_num(-1), other.nan_to_num(-1)) for one, other in zip(batch, alone, strict=True)
+        )
+
+
+EVERY_RUN = ("llama", "gemma3", "gpt2")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_half_precision_agrees_with_float32(name, dtype, tokens):
-    exact = sc.sink_scores(load(name)[0], tokens, min_queries=8).scores[0]
-    model = sc.load_model(build(name)[0].to(dtype))
-    scores = sc.sink_scores(model, tokens, min_queries=8).scores[0]
+    """Scores are means of weights of at most 1: they differ by less than the type's epsilon (measured: at most half of it)."""
+    model, path, _ = load(name)
+    exact = sc.sink_scores(model, tokens, min_queries=8).scores[0]
+    half = sc.load_model(build(name)[0].to(dtype))
+    assert (adapt(half).twin is None) == (path == "reference")
+    assert all(check.passed for check in adapt(half).checks)
+    scores = sc.sink_scores(half, tokens, min_queries=8).scores[0]
     assert scores.isfinite().eq(exact.isfinite()).all()
-    assert (scores - exact).abs().nan_to_num().max() < (0.02 if dtype is torch.bfloat16 else 0.003)
+    assert (scores - exact).abs().nan_to_num().max() < torch.finfo(dtype).eps
 
 
-def test_a_model_without_mlp_outputs_is_refused():
-    config = transformers.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ModelError):
-        sc.load_model(transformers.MambaForCausalLM(config).eval())
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_such_blocks_is_refused(name):
+    model_class, config_class, config = REFUSED[name]
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**config)).eval()
+    with pytest.raises(ModelError) as error:
+        sc.load_model(model)
+    said = str(error.value)
+    assert "\n" not in said and said.endswith(".")
+    told = next(line for line in DOCS.read_text().splitlines() if line.startswith(f"| `{name}`"))
+    quoted = re.search(r"\*(.+?)\*", told.split("|")[3])[1]
+    assert said.startswith(quoted.removesuffix("...")), f"the docs say {quoted!r}, the program {said!r}"
+
+
+def test_the_table_in_the_docs_names_what_is_run_here():
+    rows = {}
+    for line in DOCS.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"`\w+`", cells[0]):
+            rows[cells[0].strip("`")] = cells[1:]
+    assert set(rows) == {*ARCHITECTURES, *REFUSED}
+    for name, (_, _, _, path, _) in ARCHITECTURES.items():
+        first, second = rows[name][1].split(",") if "," in rows[name][1] else (rows[name][1], rows[name][1])
+        assert first.strip() == ("refused by 3.9" if name in NEEDS_TL4 else path), name
+        assert path in second, name

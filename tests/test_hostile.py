@@ -1,0 +1,372 @@
+"""Every public function, given what it cannot use: one sentence of the package's own, before anything is computed.
+
+`TABLE` lists the functions with arguments that work, and says of each parameter which values it takes. All of `JUNK`, and what
+hypothesis draws, that it does not take must be refused; numbers of numpy and torch must do what Python's do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from common import SINK, lens, prompt
+
+import sink_circuits as sc
+from sink_circuits.arguments import shown
+from sink_circuits.errors import SinkCircuitsError
+from sink_circuits.outcomes import as_outcomes
+from sink_circuits.runs import CleanRun
+from sink_circuits.statistics import bootstrap_over_prompts
+
+N_LAYERS, N_TOKENS = 24, 96
+
+
+class Odd:
+    """Something no function knows, with a representation of many lines."""
+
+    def __repr__(self):
+        return "an odd\nthing " + "x" * 500
+
+
+JUNK = (
+    None, True, False, np.True_, -1, 0, 1, 10**6, 10**30, -0.5, 1.5, math.nan, math.inf, -math.inf, "", " ", "x", "6", "a\nb", b"x", [], {},
+    (), [None], [True], ["a"], [-1], [6, 6], [[6]], [10**30], Odd(), object, np.int64(-1), np.float64(6.5), np.float64("nan"), 1j,
+    np.array([6]), np.array(["a"]), torch.tensor([6]), torch.tensor(True), torch.tensor(math.nan), torch.zeros(0), torch.zeros(3, 3),
+    torch.full((9,), math.nan), pd.Series([6]), pd.DataFrame({"pos": [1]}), range(0), {"a": 1}, {"a": None}, Path("x"), Odd,
+    lambda *a, **k: None, iter(()),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- which values a parameter takes
+def nothing(value) -> bool:
+    return False
+
+
+def whole(low: int = 0, high: float = 2**31 - 1) -> Callable:
+    def takes(value) -> bool:
+        scalar = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+            scalar = "int" in str(value.dtype)
+        return scalar and low <= int(value) <= high
+
+    return takes
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Callable:
+    def takes(value) -> bool:
+        scalar = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+            scalar = "bool" not in str(value.dtype)
+        return scalar and math.isfinite(value) and low <= value <= high
+
+    return takes
+
+
+def flag(value) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def donor(value) -> bool:
+    """One row. Its width, and whether it is finite, are seen in the run, where the contribution is known."""
+    real = isinstance(value, torch.Tensor) and not value.is_complex() and value.dtype != torch.bool
+    return real and value.numel() > 0 and (value.ndim == 1 or (value.ndim == 2 and len(value) == 1))
+
+
+def direction(value) -> bool:
+    return donor(value) and value.ndim == 1 and bool(value.any() and value.isfinite().all())
+
+
+def own_function(value) -> bool:
+    """Errors of a user's function are the user's to see: only what it returns is checked."""
+    return isinstance(value, type)
+
+
+def none_of_them(value) -> bool:
+    """An empty list, or an iterator that holds nothing."""
+    if isinstance(value, str | bytes | type) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
+        return False
+    return not list(value)
+
+
+def one_by_name(*names: str) -> Callable:
+    """A name, or a function of one's own."""
+    return lambda value: value in names if isinstance(value, str) else callable(value)
+
+
+def word(*known: str) -> Callable:
+    return lambda value: isinstance(value, str) and value in known
+
+
+def optional(takes: Callable) -> Callable:
+    return lambda value: value is None or takes(value)
+
+
+def several(takes: Callable, *, empty: bool = False, one: bool = False, distinct: bool = True) -> Callable:
+    """A list of such values; `one`: or one by itself."""
+
+    def these(value) -> bool:
+        if one and takes(value):
+            return True
+        if isinstance(value, str | bytes | dict | pd.DataFrame) or not hasattr(value, "__len__"):
+            return empty and hasattr(value, "__next__")
+        if getattr(value, "ndim", 1) != 1:
+            return False
+        items = list(value)
+        taken = all(map(takes, items)) and (bool(items) or empty)
+        return taken and (not distinct or len({int(i) if takes is not text else i for i in items}) == len(items))
+
+    return these
+
+
+def tokens(value) -> bool:
+    """Ids in the vocabulary, one text or several. (The planted model has no tokenizer: no strings.)"""
+    rows = value if isinstance(value, list | tuple) else [value]
+    if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+        return all(whole(0, 63)(i) for row in value for i in row)
+    return bool(rows) and all(
+        isinstance(row, torch.Tensor) and row.ndim in (1, 2) and row.numel() and not row.is_floating_point()
+        for row in rows
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- doors
+@functools.cache
+def found() -> sc.Sinks:
+    return sc.find_sinks(lens(), prompt(), verbose=False)
+
+
+@functools.cache
+def clean() -> CleanRun:
+    return sc.run_clean(lens(), prompt(), chosen=(0, SINK))
+
+
+@functools.cache
+def mapped() -> sc.Effect:
+    return sc.layer_map(lens(), prompt(), found().select("secondary"), layers=[6, 7], verbose=False)
+
+
+def on(**more) -> dict:
+    return {"model": lens(), "tokens": prompt(), **more}
+
+
+def at(**more) -> dict:
+    return on(sinks=found().select("secondary"), verbose=False, **more)
+
+
+def zeroed(label, row):
+    return [sc.zero(6, int(row["pos"]))]
+
+
+def where(**more) -> dict:
+    return {"layer": 6, "positions": 50, **more}
+
+
+LAYER, POSITION, QUERIES = whole(0, N_LAYERS - 1), whole(0, N_TOKENS - 1), whole(1)
+LAYERS, PLACES = several(LAYER, one=True), several(POSITION, one=True)
+PATH = word("auto", "fast", "reference")
+OUTCOMES = ("score", "log_odds", "primary_score", "primary_log_odds", "lifetime")
+NONE = optional(nothing)
+
+
+def threshold(low: float, high: float = 2**31 - 1, *, counts: bool = False) -> Callable:
+    return lambda value: number(low, high)(value) and (not counts or int(value) == value)
+
+
+THRESHOLDS = {
+    "cosine": number(-1, 1), "norm_ratio": threshold(0), "min_lifetime": threshold(1, counts=True), "bridge": threshold(0, counts=True),
+    "min_queries": threshold(1, counts=True), "neighbours": threshold(1, counts=True), "phase_fall": threshold(1),
+    "phase_rise": threshold(1), "first_positions": optional(several(whole(0, 10**40))),
+}  # fmt: skip
+MEASURED = {
+    "min_queries": QUERIES, "batch_size": optional(whole(1, 10**40)), "memory": optional(number(1e-9)), "path": PATH, "verbose": flag,
+    "attention_mask": NONE, "clean_cache": NONE,
+}  # fmt: skip
+SETTINGS = {"settings": optional(lambda value: isinstance(value, dict))}
+FLAGS = {"loss": flag, "kl": flag, "together": flag, "outcomes": optional(none_of_them)}
+EXPERIMENT = {**MEASURED, **FLAGS, "model": nothing, "tokens": tokens, "sinks": NONE, "no_such": nothing}
+TREATED = {"layer": LAYER, "forming": NONE}
+EDIT = {
+    "layer": whole(0, 10**40),
+    "positions": several(whole(0, 10**40), one=True),
+}  # the run says what its model and text have
+LABELS = {"labels": lambda value: several(number())(value) or several(text)(value)}
+FILE, TARGET = {"path": nothing}, {"path": lambda value: isinstance(value, str | Path) and str(value) != "."}
+
+# name: (the function and arguments that work, {parameter: the values it takes})
+TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]] = {
+    "find_sinks": (lambda: (sc.find_sinks, on(verbose=False)), {
+        **MEASURED, **THRESHOLDS, "model": nothing, "tokens": tokens, "method": word("robust", "official"), "thresholds": NONE,
+        "first_positions": optional(several(POSITION)), "batch_size": nothing, "no_such": nothing,
+    }),
+    "Thresholds": (lambda: (sc.Thresholds, {}), THRESHOLDS),
+    "sink_scores": (lambda: (sc.sink_scores, on()), {
+        "model": nothing, "tokens": tokens, "attention_mask": NONE, "inclusive": flag, "min_queries": QUERIES, "path": PATH,
+        "clean_cache": NONE, "keys": optional(lambda value: several(POSITION)(value) or (isinstance(value, list) and value == [[6]])),
+    }),
+    "run_clean": (lambda: (sc.run_clean, on()), {
+        "model": nothing, "tokens": lambda value: tokens(value) or several(whole(0, 63), distinct=False)(value), "row": whole(),
+        "chosen": several(POSITION, empty=True), "clean_cache": NONE, "mask": NONE, "loss": flag, "resumable": flag, "path": PATH,
+    }),
+    "run_edited": (lambda: (sc.run_edited, {"model": lens(), "clean": clean(), "rows": [[sc.zero(6, SINK)]]}), {
+        "model": nothing, "clean": nothing, "rows": none_of_them, "loss": flag, "kl": flag, "groups": NONE, "path": PATH,
+    }),
+    "measure": (lambda: (sc.measure, at(labels=["a"], edits_of=zeroed, what="zero")), {
+        **{name: takes for name, takes in EXPERIMENT.items() if name != "no_such"}, **SETTINGS, **LABELS, "sinks": nothing, "what": text,
+        "edits_of": own_function,
+    }),
+    "layer_map": (lambda: (sc.layer_map, at(layers=[6])), {
+        **EXPERIMENT, "intervention": one_by_name("zero"), "layers": optional(LAYERS),
+    }),
+    "ablate": (lambda: (sc.ablate, at(layer=6)), {**EXPERIMENT, **TREATED, "method": one_by_name("zero", "mean")}),
+    "ablate, jointly": (lambda: (sc.ablate, at(layers=[6, 7])), {"layers": LAYERS, "layer": NONE}),
+    "ablate, forming": (lambda: (sc.ablate, at(layer="forming", forming=[6])), {
+        "forming": optional(lambda value: several(LAYER)(value) and len(value) == 1),
+    }),
+    "dose_response": (lambda: (sc.dose_response, at(layer=6, factors=[0])), {
+        **TREATED, "factors": several(number(0), one=True), "intervention": one_by_name("rescale"),
+    }),
+    "mass_account": (lambda: (sc.mass_account, at(layer=6)), {
+        **MEASURED, **TREATED, "others": NONE, "intervention": one_by_name("zero"), "no_such": nothing,
+    }),
+    "measure_mass": (lambda: (sc.measure_mass, at(labels=["a"], edits_of=zeroed)), {
+        **MEASURED, **SETTINGS, **LABELS, "sinks": nothing, "edits_of": own_function,
+    }),
+    "path_effects": (lambda: (sc.path_effects, at(layer=6)), {
+        **MEASURED, **TREATED, "holds": none_of_them, "intervention": one_by_name("zero"), "no_such": nothing,
+    }),
+    "measure_paths": (lambda: (sc.measure_paths, at(edits_of=lambda row: zeroed(0, row))), {
+        **MEASURED, **SETTINGS, "sinks": nothing, "edits_of": own_function,
+    }),
+    "with_controls": (lambda: (sc.with_controls, at(layer=6)), {
+        **TREATED, "model": nothing, "tokens": tokens, "sinks": nothing, "layers": NONE, "found": NONE, "n_random": whole(),
+        "random_model": NONE, "no_such": nothing, "together": lambda value: flag(value) and not value, "path": PATH,
+        "intervention": one_by_name("zero", "mean"), "min_queries": QUERIES, "controls": none_of_them,
+    }),
+    "attribute": (lambda: (sc.attribute, at()), {
+        **MEASURED, "model": nothing, "tokens": tokens, "sinks": NONE, "outcome": word("score", "log_odds"), "exact": NONE,
+        "method": word("gradient", "integrated_gradients"), "readers": NONE, "targets": nothing, "positions": word("treated", "all"),
+        "n_steps": QUERIES, "graph_bytes": nothing, "no_such": nothing,
+    }),
+    "test_claims": (lambda: (sc.test_claims, on(verbose=False)), {
+        "model": nothing, "tokens": tokens, "sinks": NONE, "kinds": nothing, "n_random": QUERIES, "per_prompt": QUERIES, "path": PATH,
+        "layer": optional(LAYER), "verbose": flag,
+    }),
+    "zero": (lambda: (sc.zero, where()), EDIT),
+    "rescale": (lambda: (sc.rescale, where(factor=2)), {**EDIT, "factor": number(0)}),
+    "replace": (lambda: (sc.replace, where(donor=torch.ones(9))), {"donor": donor, "name": text}),
+    "custom": (lambda: (sc.custom, where(function=torch.zeros_like)), {
+        **EDIT, "function": callable, "name": optional(text), "parameter": optional(number()),
+    }),
+    "set_norm": (lambda: (sc.set_norm, where(norm=1.0)), {"norm": number(0)}),
+    "swap_norm": (lambda: (sc.swap_norm, where(donor=torch.ones(9))), {"donor": donor}),
+    "swap_direction": (lambda: (sc.swap_direction, where(donor=torch.ones(9))), {
+        "donor": lambda value: donor(value) and bool(value.any()),
+    }),
+    "remove_direction": (lambda: (sc.remove_direction, where(direction=torch.ones(9))), {"direction": direction}),
+    "keep_direction": (lambda: (sc.keep_direction, where(direction=torch.ones(9))), {"direction": direction}),
+    "random_direction": (lambda: (functools.partial(sc.random_direction, 6, 50, "a"), {}), {"orthogonal_to": optional(direction)}),
+    "patch": (lambda: (sc.patch, where(run=clean())), {"run": nothing, "source": optional(PLACES)}),
+    "noising": (lambda: (sc.noising, where(corrupted=clean())), {"corrupted": nothing, "source": optional(PLACES)}),
+    "denoising": (lambda: (sc.denoising, where(clean=clean())), {"clean": nothing, "source": optional(PLACES)}),
+    "transplant": (lambda: (sc.transplant, where(run=clean(), sink=SINK)), {
+        "layer": LAYER, "positions": EDIT["positions"], "run": nothing, "sink": POSITION,
+    }),
+    "mean_over_corpus": (lambda: (sc.mean_over_corpus, where(corpus=[clean()])), {"corpus": nothing, "counted": NONE}),
+    "mean_over_same_token": (lambda: (sc.mean_over_same_token, where(run=clean())), {
+        "run": nothing, "counted": optional(none_of_them), "corpus": lambda value: none_of_them(value) or value is JUNK[14],
+    }),
+    "resample": (lambda: (sc.resample, where(run=clean(), name="a")), {"run": nothing, "name": lambda value: isinstance(value, str)}),
+    "compose": (lambda: (lambda edit: sc.compose(edit), {}), {"edit": nothing}),
+    "window": (lambda: (sc.window, {"layers": [6, 7], "make": lambda layer: sc.zero(layer, 50)}), {
+        "layers": several(whole(0, 10**40)), "make": callable,
+    }),
+    "Edit": (lambda: (sc.Edit, where(function=torch.zeros_like)), {**EDIT, "function": callable, "name": text}),
+    "Hold": (lambda: (sc.Hold, {"what": "k"}), {
+        "what": nothing, "layers": optional(EDIT["positions"]), "positions": optional(several(whole(0, 10**40), one=True, distinct=False)),
+    }),
+    "primary_direction": (lambda: (sc.primary_direction, {"clean": clean(), "layer": 6}), {
+        "clean": nothing, "layer": LAYER, "primary": POSITION, "raw": flag,
+    }),
+    "official": (lambda: (sc.official, {"hidden_states": torch.ones(5, 4, 3)}), {
+        "hidden_states": nothing, "first_positions": several(whole(0, 3)),
+    }),
+    "key_column": (lambda: (sc.key_column, {"run": clean(), "pos": SINK}), {"run": nothing, "pos": whole(0, 0)}),
+    "resid_post_at": (lambda: (sc.resid_post_at, {"run": clean(), "pos": SINK}), {"run": nothing, "pos": POSITION}),
+    "names_filter": (lambda: (sc.names_filter, {}), {"model": nothing}),
+    "adapt": (lambda: (sc.adapt, {}), {"model": nothing}),
+    "check_invariants": (lambda: (sc.check_invariants, {}), {"model": nothing}),
+    "randomly_initialised": (lambda: (sc.randomly_initialised, {}), {"model": nothing}),
+    "load_model": (lambda: (sc.load_model, {"source": lens()}), {"source": nothing}),
+    "load_prompts": (lambda: (sc.load_prompts, {}), {"source": word("all"), "n": optional(QUERIES)}),
+    "PromptSet.tokens": (lambda: (sc.load_prompts("all", 1).tokens, {"model": lens()}), {  # which has no tokenizer
+        "model": nothing, "max_tokens": nothing, "chat": nothing,
+    }),
+    "Prompt": (lambda: (sc.Prompt, {"id": "a", "kind": "b", "text": "c"}), {
+        name: lambda value: isinstance(value, str) for name in ("id", "kind", "text")
+    }),
+    "read_study": (lambda: (sc.read_study, {}), FILE),
+    "load_sweep": (lambda: (sc.load_sweep, {}), {"folder": nothing}),
+    "sweep": (lambda: (sc.sweep, {"study": sc.Study(models=["no-such-model"]), "folder": "/proc/none/x"}), {
+        "study": nothing, "folder": TARGET["path"], "executor": NONE,
+    }),
+    "interaction": (lambda: (sc.interaction, {"separate": mapped(), "together": mapped()}), {"separate": nothing, "together": nothing}),
+    "Effect.load": (lambda: (sc.Effect.load, {}), FILE),
+    "Effect.save": (lambda: (mapped().save, {}), TARGET),
+    "Effect.effect": (lambda: (mapped().effect, {}), {"outcome": word(*OUTCOMES, "norm", "cosine")}),
+    "Effect.over_lifetime": (lambda: (mapped().over_lifetime, {}), {
+        "outcome": word(*OUTCOMES), "what": word("effect", "edited", "clean"),
+    }),
+    "Effect.summary": (lambda: (mapped().summary, {}), {"confidence": nothing}),
+    "Sinks.load": (lambda: (sc.Sinks.load, {}), FILE),
+    "Sinks.save": (lambda: (found().save, {}), TARGET),
+    "Sinks.select": (lambda: (lambda kind: found().select(kind), {}), {
+        "kind": word("primary", "secondary", "primary-like", "bos_sink", "noise"),
+    }),
+    "as_outcomes": (lambda: (as_outcomes, {}), {"given": optional(none_of_them)}),
+    "bootstrap_over_prompts": (lambda: (bootstrap_over_prompts, {"values": [1.0, 2.0], "prompts": ["a", "b"], "name": "n"}), {
+        "confidence": nothing,
+    }),
+}  # fmt: skip
+
+
+DOORS = [(name, parameter) for name, (_, takes) in TABLE.items() for parameter in takes]
+
+
+def refused(call: Callable, value) -> str | None:
+    """What is wrong with how `call` took a value that it cannot use; None when it was refused as it should be."""
+    try:
+        call()
+    except SinkCircuitsError as error:
+        said = str(error)
+        if "\n" in said or not said.endswith(".") or len(said) > 500:
+            return f"{shown(value)}: no single sentence: {said!r}"
+        return None
+    except Exception as error:
+        return f"{shown(value)}: {type(error).__name__}: {str(error)[:100]}"
+    return f"{shown(value)} was taken"
+
+
+@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("door", "parameter"), DOORS, ids=[f"{door}-{parameter}" for door, parameter in DOORS])
+def test_what_cannot_be_used_is_refused_in_one_sentence(door, parameter, share, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, takes = TABLE[door]
+    call, arguments = made()
+    bad = [value for value in JUNK if not takes[parameter](value)]
+    if share == "some":
+        bad = random.Random(f"{door}/{parameter}").sample(bad, min(8, len(bad)))
+    wrong = [refused(lambda value=value: call(**{**arguments, parameter: value}), value) for value in bad]
+    if found := list(filter(None, wrong)):
+        pytest.fail(f"{len(found)} of {len(wrong)}: {'; '.join(found[:4])}", pytrace=False)
+    assert not list(tmp_path.iterdir()), "a refused call left files behind"
