@@ -10,10 +10,12 @@ from safetensors.numpy import save_file
 from test_figures import Elements
 from test_report import browse, in_a_frame, needs_browser, probed, seen_in
 
-from sink_circuits import cli
+import sink_circuits as sc
+from sink_circuits import cli, planted
 from sink_circuits.errors import ResultError
 from sink_circuits.report import read_results, sinks_of
 from sink_circuits.results import read_dataset, write_dataset
+from sink_circuits.studies import Texts
 from sink_circuits.token_scores import TokenScores
 
 PARTS = (
@@ -109,6 +111,29 @@ def test_without_a_table_the_treated_sinks_are_shown(folder, tmp_path):
     text = Elements(out.read_text("utf-8")).text
     assert "No table of all sinks was among the results" in text
     assert f"{len(measured().sinks)} secondary sinks were found" in text
+
+
+def test_a_sweeps_folder_is_a_result(tmp_path):
+    plant = planted.minimal()
+    plant.hf_model.save_pretrained(tmp_path / "planted")
+    ids = [{"id": name, "tokens": plant.tokens(64, (30,), seed_name=name).tolist()} for name in "ab"]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ids))
+    study = sc.Study(
+        (str(tmp_path / "planted"),),
+        prompts=Texts(tokens=str(tmp_path / "ids.jsonl")),
+        kinds=("secondary",),
+        layers=((6,), (6, 7)),
+        factors=(0.0,),
+    )
+    sweep = sc.sweep(study, tmp_path / "sweep", verbose=False)
+    out = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "sweep"), "--out", str(out)]) == 0
+    text = Elements(out.read_text("utf-8")).text
+    effect = sweep.summary(["log_odds"]).set_index("layers").loc["6+7", "effect"]
+    assert f"that of MLP 6+7 of planted, rescale, factor 0: {effect:.2f}".replace("-", "−") in text
+    assert "In 2 prompts, 2 secondary sinks were found." in text
+    assert "sc.load_sweep('sweep')" in text
+    assert "No controls are on this page" in text and "Nothing was intervened on" not in text
 
 
 def test_files_come_back_as_what_they_are(folder):

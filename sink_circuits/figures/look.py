@@ -85,8 +85,9 @@ def layer_ticks(layers) -> dict:
 
 
 def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int) -> go.Figure:
-    lines = textwrap.wrap(text, LINE_LENGTH)
-    heading = "<br>".join(safe(line) for line in textwrap.wrap(title, LINE_LENGTH - 12))
+    # A page takes the lines apart again: none may end within a word.
+    lines = textwrap.wrap(text, LINE_LENGTH, break_on_hyphens=False)
+    heading = "<br>".join(safe(line) for line in textwrap.wrap(title, LINE_LENGTH - 12, break_on_hyphens=False))
     note = "<br>".join(safe(line) for line in lines)
     has_legend = sum(trace.showlegend is not False and trace.type == "scatter" for trace in figure.data) > 1
     panels = [one for one in figure.layout.annotations if one.yref == "paper"]

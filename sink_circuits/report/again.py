@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from sink_circuits.detection import Thresholds
 from sink_circuits.effects import Effect
 from sink_circuits.prompts import load_prompts
+from sink_circuits.sweep_results import SweepResult
 
 CALLS = {
     "layer_map": "sc.layer_map(model, tokens, treated{more})", "dose_response": "sc.dose_response(model, tokens, treated{more})",
@@ -38,13 +39,16 @@ def in_python(sinks, results: Sequence) -> str:
         f"model = sc.load_model({manifest.model!r})  # weights {manifest.weights}",
     ]
     lines.append(
-        f"tokens = {_prompts(sinks.prompts)}.tokens(model)  # cut and wrapped as then: tokens.hash == {manifest.tokens!r}"
+        f"tokens = {_prompts(sinks.prompts)}.tokens(model)"
+        + (f"  # cut and wrapped as then: tokens.hash == {manifest.tokens!r}" if manifest.tokens else "")
     )
     given = {
         **_changed(settings.get("thresholds", {})),
         **({"method": "official"} if str(manifest.what).endswith("official") else {}),
     }
     lines.append(f"sinks = sc.find_sinks(model, tokens{_arguments(given)})")
+    sweeps = [result for result in results if isinstance(result, SweepResult)]
+    results = [result for result in results if not isinstance(result, SweepResult)]
     tables = [result.table for result in results if {"kind", "l_start", "pos"} <= set(result.table)]
     if tables:
         kinds = ", ".join(repr(str(kind)) for kind in tables[0]["kind"].unique())
@@ -54,6 +58,10 @@ def in_python(sinks, results: Sequence) -> str:
         call = CALLS.get(what) or (f"sc.anatomy.{what}(model, tokens, treated{{more}})" if what in ANATOMY else "")
         if call:
             lines.append(call.format(more=_arguments(_settings(result))))
+    lines += [
+        f"sc.load_sweep({one.folder.name!r})  # its study.json holds the study, `sink-circuits sweep` runs it"
+        for one in sweeps
+    ]
     return "\n".join(lines)
 
 

@@ -81,7 +81,7 @@ def render(
     return environment.get_template("report.html.j2").render(
         title=title,
         command=command,
-        python=in_python(sinks, with_manifest),
+        python=in_python(sinks, results),
         question=question(sinks, effects, kinds),
         answers=_labelled(sinks, [*causes, *anatomy]),
         facts=_facts(sinks, effects),
@@ -136,7 +136,8 @@ def _kinds(results: Sequence) -> frozenset[str]:
 
 
 def _is_elsewhere(result, sinks) -> bool:
-    return bool(result.manifest.tokens) and result.manifest.tokens != sinks.manifest.tokens
+    own, shown = result.manifest.tokens, sinks.manifest.tokens
+    return bool(own) and bool(shown) and own != shown
 
 
 def _labelled(sinks, sections: Sequence[Section]) -> list[dict]:
@@ -159,7 +160,7 @@ def _facts(sinks, effects: Sequence) -> list[tuple[str, str]]:
         ("Number format", manifest.dtype),
         ("Prompts", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{f' and {more} more' if more > 0 else ''}"),
         ("Tokens (hash)", manifest.tokens),
-        ("Sinks found by", str(manifest.what).partition(":")[2] or manifest.what),
+        ("Sinks found by", str(manifest.what).partition(":")[2]),
         ("Execution path", PATHS.get(manifest.path, manifest.path)),
     ]
     return [(name, str(value)) for name, value in rows if value]

@@ -372,20 +372,20 @@ def _attribution(index: int, result: Attribution) -> Section:
 def _sweep(index: int, sweep: SweepResult) -> Section:
     table = sweep.summary(["log_odds", "score"])
     rows = tuple(
-        (row["model"], row["layers"], row["intervention"], number_or_text(row["factor"]), figures.NAMES[row["outcome"]],
+        (_short(row["model"]), row["layers"], row["intervention"], number_or_text(row["factor"]), figures.NAMES[row["outcome"]],
          number(row["clean"]), number(row["edited"]), number(row["effect"], signed=True), _ends(row), _n(row))
         for row in table.to_dict(orient="records")
     )  # fmt: skip
-    head = (("model", NAME), ("layers", TEXT), ("intervention", TEXT), ("factor", ""), ("outcome", NAME), ("clean", ""), ("edited", ""),
-            ("effect", ""), ("95% interval", ""), ("prompts, sinks", ""))  # fmt: skip
+    head = (("model", NAME), ("layers", TEXT), ("intervention", TEXT), ("factor", ""), ("outcome", NAME), ("clean", ""),
+            ("edited", ""), ("effect", ""), ("95% interval", ""), ("prompts, sinks", ""))  # fmt: skip
     states = ", ".join(f"{n} {state}" for state, n in sweep.cells["state"].value_counts().items())
     answer = f"{count(len(sweep.cells), 'cell')}: {states}."
     own = table[(table["outcome"] == "log_odds") & (table["factor"] != 1) & table["effect"].notna()]
     if len(own):
         row = own.loc[own["effect"].abs().idxmax()]
         answer += (
-            f" The largest mean effect on the log-odds is that of MLP {row['layers']} of {row['model']}, {row['intervention']}, factor "
-            f"{row['factor']:g}: {number(row['effect'], signed=True)} {interval(row)}".rstrip()
+            f" The largest mean effect on the log-odds is that of MLP {row['layers']} of {_short(row['model'])}, {row['intervention']}, "
+            f"factor {row['factor']:g}: {number(row['effect'], signed=True)} {interval(row)}".rstrip()
             + " nats."
         )
     drawn = (_drawn(f"figure-{index}-sweep", figures.sweep_figure(sweep)),) if len(own) else ()
@@ -472,6 +472,10 @@ def _ends(row: Mapping) -> str:
 
 def _n(row: Mapping) -> str:
     return f"{int(row['n_prompts'])}, {int(row['n_sinks'])}"
+
+
+def _short(model: str) -> str:
+    return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _percent(value: float) -> str:

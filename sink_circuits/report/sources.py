@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,13 @@ def sinks_of(results: Sequence) -> Sinks:
     table = table.drop_duplicates(["prompt", "pos", "l_start"]).sort_values(
         ["prompt", "pos", "l_start"], ignore_index=True
     )
-    manifests = [_manifest(result) for _, result in frames]
-    return Sinks(table, tuple(dict.fromkeys(table["prompt"])), manifests[0])
+    prompts, manifest = tuple(dict.fromkeys(table["prompt"])), _manifest(frames[0][1])
+    is_sweep = isinstance(frames[0][1], SweepResult)  # whose cells know the tokens of one prompt each
+    manifest = dataclasses.replace(
+        manifest, what="sinks treated", n_prompts=len(prompts) if is_sweep else manifest.n_prompts,
+        tokens="" if is_sweep else manifest.tokens, settings=manifest.settings.get("found", {}),
+    )  # fmt: skip
+    return Sinks(table, prompts, manifest)
 
 
 def _files(path: Path) -> list[Path]:

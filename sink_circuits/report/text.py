@@ -162,7 +162,8 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
     lines = []
     kinds = {effect.kind for effect in effects}
     n = max((int(effect.table["prompt"].nunique()) for effect in effects), default=len(sinks.prompts))
-    if not effects and not {"controls", "paths", "mass", "claims", "sweep", "attribution"} & set(others):
+    is_causal = bool(effects) or bool(set(others) - {"anatomy"})
+    if not is_causal:
         lines.append(
             "Nothing was intervened on. Geometry and attention scores describe sinks; they do not say what makes them."
         )
@@ -184,7 +185,7 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             "ablation treat the prompts that it was picked on, they show that edit in detail and are no second "
             "confirmation of it, and its effect tends to be overstated."
         )
-    if effects:
+    if is_causal:
         lines.append(
             f"Intervals are over prompts, {n} here: they say how the result would vary over prompts like these, not "
             "over models, kinds of text or "
@@ -201,18 +202,19 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             f"treated position's own stream or through other tokens that have attended to it. {told}"
         )
         together = any(effect.manifest.settings.get("together") for effect in effects)
-        lines.append(
-            "All sinks of a prompt were edited in one run in at least one experiment, so that their effects are "
-            "mixed there."
-            if together
-            else "One sink was edited per run. What several removals do together may differ from their sum."
-        )
+        if together:
+            lines.append(
+                "All sinks of a prompt were edited in one run in at least one experiment, so that their effects are "
+                "mixed there."
+            )
+        elif effects:
+            lines.append("One sink was edited per run. What several removals do together may differ from their sum.")
         if "controls" in others:
             lines.append(
                 "Controls stand beside the removal alone, not beside the map and the doses, and are matched one by one: "
                 "a token nearby, another layer. Sinks without a match are left out of that row."
             )
-        elif kinds <= {"layer_map", "dose_response", "ablate"}:
+        elif "claims" not in others and kinds <= {"layer_map", "dose_response", "ablate"}:
             lines.append(
                 "No controls are on this page: other positions, other tokens and random directions of equal norm would "
                 "show how specific the effect is. "
