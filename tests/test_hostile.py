@@ -17,10 +17,14 @@ import pandas as pd
 import pytest
 import torch
 from common import SINK, lens, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sink_circuits as sc
+from sink_circuits import arguments, planted
 from sink_circuits.arguments import shown
-from sink_circuits.errors import SinkCircuitsError
+from sink_circuits.cli import main
+from sink_circuits.errors import InputError, SinkCircuitsError
 from sink_circuits.outcomes import as_outcomes
 from sink_circuits.runs import CleanRun
 from sink_circuits.statistics import bootstrap_over_prompts
@@ -370,3 +374,124 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(door, parameter, share, 
     if found := list(filter(None, wrong)):
         pytest.fail(f"{len(found)} of {len(wrong)}: {'; '.join(found[:4])}", pytrace=False)
     assert not list(tmp_path.iterdir()), "a refused call left files behind"
+
+
+# ------------------------------------------------------------------------------------------------ what is just as good
+SAME = {
+    "positions and layers": (
+        lambda: sc.run_clean(lens(), prompt(), chosen=(0, SINK)).columns.log_attention,
+        lambda: sc.run_clean(lens(), prompt(), chosen=torch.tensor([0, SINK])).columns.log_attention,
+        lambda: sc.run_clean(lens(), prompt().tolist(), chosen=np.array([0, SINK])).columns.log_attention,
+    ),
+    "scores": (
+        lambda: sc.sink_scores(lens(), prompt(), keys=[0, SINK], min_queries=8).scores[0],
+        lambda: sc.sink_scores(lens(), prompt().numpy()[None], keys=np.array([0, SINK]), min_queries=np.int16(8)).scores[0],
+        lambda: sc.sink_scores(lens(), prompt()[None].int(), keys=torch.tensor([0, SINK]), min_queries=torch.tensor(8)).scores[0],
+    ),
+    "sinks": (
+        lambda: found().table,
+        lambda: sc.find_sinks(**on(cosine=np.float64(0.9), bridge=np.int64(1), first_positions=np.arange(4), verbose=False)).table,
+        lambda: sc.find_sinks(lens(), prompt(), min_lifetime=2.0, min_queries=torch.tensor(16), verbose=np.False_).table,
+    ),
+    "doses": (
+        lambda: sc.dose_response(**at(layer=6, factors=[0, 2])).data["score"].values,
+        lambda: sc.dose_response(**at(layer=np.int64(6), factors=np.array([0.0, 2.0]), batch_size=np.int32(1))).data["score"].values,
+        lambda: sc.dose_response(**at(layers=torch.tensor([6]), factors=torch.tensor([0, 2]))).data["score"].values,
+    ),
+    "a study": (
+        lambda: sc.Study(models=["m"], layers=[3, [6, 7]], factors=[0, 0.5], threads=1, min_queries=8).to_dict(),
+        lambda: sc.Study(
+            models=np.array(["m"]), layers=(np.int64(3), (np.int64(6), 7)), factors=np.array([0, 0.5]), threads=np.int64(1),
+            min_queries=np.int8(8),
+        ).to_dict(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_numbers_of_numpy_and_torch_do_what_pythons_do(what):
+    plain, *others = (make() for make in SAME[what])
+    for other in others:
+        if isinstance(plain, pd.DataFrame):
+            pd.testing.assert_frame_equal(other, plain)
+        elif isinstance(plain, dict):
+            assert other == plain
+        else:
+            np.testing.assert_array_equal(np.asarray(other), np.asarray(plain))
+
+
+numbers = (
+    st.integers()
+    | st.floats()
+    | st.booleans()
+    | st.text()
+    | st.none()
+    | st.complex_numbers()
+    | st.binary()
+    | st.fractions()
+)
+
+
+@given(numbers, st.integers(-5, 5), st.integers(0, 9))
+def test_a_whole_number_in_range_is_itself_and_nothing_else_passes(value, low, width):
+    good = type(value) is int and low <= value <= low + width
+    try:
+        assert arguments.whole(value, "n", low, low + width) == value and good
+    except InputError as error:
+        assert not good and str(error).startswith("n = ") and "\n" not in str(error)
+
+
+@given(st.text(max_size=40), st.text(max_size=200))
+def test_no_message_has_two_lines_or_steers_a_terminal(name, value):
+    with pytest.raises(InputError) as error:
+        arguments.one_of(value + "?", f"option {name}", ("a", "b"))
+    assert str(error.value).isprintable() and "use one of a, b" in str(error.value)
+
+
+def test_a_padded_batch_without_its_mask_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w63"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w5", unk_token="w63")
+    model = sc.load_model(planted.minimal().hf_model, tokenizer=tokenizer, verbose=False)
+    text = prompt(n_tokens=64)
+    text[text == 5] = 6
+    for side in ("left", "right"):
+        padded, mask = torch.full((2, 70), 5), torch.zeros(2, 70, dtype=torch.long)
+        for row, n in enumerate((64, 69)):
+            where = slice(70 - n, None) if side == "left" else slice(n)
+            padded[row, where], mask[row, where] = text.repeat(2)[:n], 1
+        for batch in (padded, padded[:1]):
+            with pytest.raises(InputError, match=r"padding token \(5\): pass attention_mask"):
+                sc.find_sinks(model, batch, verbose=False)
+        alone = sc.find_sinks(model, [text, text.repeat(2)[:69]], verbose=False).table
+        pd.testing.assert_frame_equal(sc.find_sinks(model, padded, attention_mask=mask, verbose=False).table, alone)
+    whole = torch.stack([text, text])
+    assert len(sc.find_sinks(model, whole, verbose=False).prompts) == 2
+
+
+WORDS = st.sampled_from([
+    "--n-prompts", "--max-tokens", "--cosine", "--norm-ratio", "--layers", "--factors", "--kinds", "--out", "--figure", "--prompts",
+    "--path", "--first-positions", "--max-sinks", "--n-random", "--chat", "--overwrite", "--no-such", "-1", "0", "1", "nan", "1e400",
+    "x", "",
+]) | st.text(st.characters(blacklist_characters="\0"), max_size=5).filter(lambda word: not word.startswith("-h"))  # fmt: skip
+
+
+@settings(max_examples=15)
+@given(
+    command=st.sampled_from(["detect", "map", "ablate", "dose", "claims", "check"]), words=st.lists(WORDS, max_size=4)
+)
+def test_whatever_is_typed_ends_with_exit_code_2_and_no_traceback(command, words, tmp_path_factory):
+    import contextlib
+    import io
+
+    said, place = io.StringIO(), tmp_path_factory.mktemp("typed")
+    with contextlib.chdir(place), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main([command, "no-such-model", *words])
+        except SystemExit as stop:  # the parser's own
+            code = stop.code
+    assert code == 2, said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    assert not list(place.iterdir())
