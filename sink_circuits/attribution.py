@@ -231,6 +231,12 @@ class Attribution:
         frame = pd.DataFrame(rows, columns=["sink", "layer", "neuron", "attribution"])
         return frame[frame["attribution"].abs() > 0].reset_index(drop=True)
 
+    def plot(self):
+        """Attributed beside exact effects (plotly)."""
+        from sink_circuits import figures
+
+        return figures.attribution_figure(self)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
         meta = {"kind": "attribution", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}

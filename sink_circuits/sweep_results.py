@@ -130,6 +130,12 @@ class SweepResult:
             )  # fmt: skip
         return pd.DataFrame(rows, columns=list(_SUMMARY))
 
+    def plot(self, outcome: str = "log_odds"):
+        """Effects by layer and factor, a panel per model (plotly)."""
+        from sink_circuits import figures
+
+        return figures.sweep_figure(self, outcome)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """The long table as .parquet or .csv, whole or not at all; the folder itself is what `load_sweep` reads.
 

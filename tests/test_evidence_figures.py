@@ -130,7 +130,7 @@ def test_many_edits_stand_one_below_the_other(results):
 
 
 def test_attributed_effects_stand_beside_exact_ones(results):
-    figure = figures.attribution_figure(results.attribution)
+    figure = results.attribution.plot()
     for name, label in (("exact", "exact removal"), ("attribution", "attributed")):
         (line,) = named(figure, label)
         values = (
@@ -156,7 +156,7 @@ def test_a_sweep_is_drawn_by_layer_and_factor(tmp_path):
     table["edited"] = table["clean"] + table["effect"]
     study = Study(("a/m",), factors=(0.0, 1.0, 2.0))
     sweep = SweepResult(study, tmp_path, pd.DataFrame({"state": ["done", "failed"]}), table)
-    figure, summary = figures.sweep_figure(sweep), sweep.summary(["log_odds"])
+    figure, summary = sweep.plot(), sweep.summary(["log_odds"])
     assert [trace.name for trace in figure.data] == ["factor 0", "factor 2"]  # 1 is the clean model
     for trace, factor in zip(figure.data, (0.0, 2.0), strict=True):
         own = summary[summary["factor"] == factor]
