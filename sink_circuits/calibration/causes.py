@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sink_circuits.calibration.subjects import (
 from sink_circuits.experiments import ablate, dose_response, layer_map, measure
 from sink_circuits.interventions import neuron_contribution, part_through_norm, without_neurons
 from sink_circuits.planted import Plant, Sink
+from sink_circuits.planted.architectures import EPS
 from sink_circuits.planted.closed_form import dose_curve
 
 ROWS = (
@@ -53,9 +54,6 @@ ROWS = (
 FACTORS = (0.0, 0.25, 0.5, 2.0)
 DOSE_TOLERANCE = 0.05
 """Of the effect of removal."""
-SUBTRACTED = 0.01
-"""Of the drawn logit: where a norm follows the MLP, neurons' output of norm 1000 is subtracted from itself in float32, and the
-norm makes what is left as large again (0.003 was measured)."""
 N_RANDOM_NEURONS = 3
 N_DECOY_LAYERS = 4
 """Layers tried, drawn by name, at tokens whose attention no MLP makes."""
@@ -181,7 +179,7 @@ def judge_neurons(subject: Subject) -> list[Answer]:
             for i in range(len(sets))
         ]
         error, left = _against_plain(subject, sink, pos, first_effects(effect, sink), [Silenced(0, layer, pos, own)])
-        whole = error < SUBTRACTED * min(drawn.values()) and abs(left) < LEFT
+        whole = error < PLAIN_TOLERANCE and abs(left) < LEFT
         right = whole and all(abs(fall) < NOTHING for fall in falls[1:])
         detail = f"{sink.kind} L{layer} {own}: shares {np.round(falls, 3)}, error {error:.2g}, left {left:.2g}"
         answers.append(answer("neurons: removed", right, detail))
@@ -202,10 +200,23 @@ def neuron_part(subject: Subject, layer: int, pos: int, neurons: Sequence[int]) 
     )
     plant.hf_model(subject.tokens.ids[0][None])
     handle.remove()
-    post = seen["post"][None]
+    # In float64: behind a norm an output of norm 1000 is subtracted from itself, and what is left made as large again.
+    post, W_out = seen["post"][None].double(), W_out.double()
     part = neuron_contribution(post, W_out, neurons)
     norm = plant.architecture.norm(block, "mlp_out")
-    return part if norm is None else part_through_norm(post @ W_out + b_out, part, norm)
+    if norm is not None:
+        part = part_through_norm(post @ W_out + b_out, part, _in_double(norm))
+    return part.float()
+
+
+def _in_double(norm: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """A planted RMS norm in float64 (Hugging Face's own compute in float32): its gain is what it does to (1, ..., 1)."""
+
+    def normalised(x: Tensor) -> Tensor:
+        gain = norm(torch.ones(1, x.shape[-1])).double() * (1 + EPS) ** 0.5
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * gain
+
+    return normalised
 
 
 def judge_writers(subject: Subject) -> list[Answer]:
