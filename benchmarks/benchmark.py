@@ -268,19 +268,27 @@ def own_sweep(model, ids, position: int, layers: Sequence[int], factors: Sequenc
 
 @torch.no_grad()
 def limit_spent(sdpa, ids, position: int) -> np.ndarray:
-    """Plain SDPA forwards of just what a sweep can change, and the clean forward, from one timed forward.
+    """Plain SDPA forwards of just what a sweep can change, logits of the later tokens, and the clean forward.
 
-    What can change: blocks above the edited one, tokens from the position on, for every factor but 1. Blocks are
-    charged by their tokens, which forgives the suffix that its queries see more keys.
+    What can change: blocks above the edited one, tokens from the position on, for every factor but 1. A forward pass of n
+    tokens takes a n + b n^2 (b: its attention); a and b follow from the text and its first half, and the tokens from
+    `position` on take a (n - position) + b (n^2 - position^2), as their queries see the earlier keys too.
     """
     n, n_layers = len(ids), sdpa.config.get_text_config().num_hidden_layers
     hidden: list[torch.Tensor] = []
-    run = lambda: hidden.append(sdpa.base_model(input_ids=ids[None], use_cache=False)[0])  # noqa: E731
-    run()
-    forward = np.minimum(spent(run), spent(run))
-    unembed = 4 * spent(lambda: sdpa.get_output_embeddings()(hidden[0][:, : n // 4]))
-    share = sum((n_layers - 1 - layer) / n_layers for layer in range(n_layers)) * (n - position) / n
-    return (len(FACTORS) - 1) * (forward * share + n_layers * unembed * (n - position) / n) + forward
+
+    def forward(length: int) -> np.ndarray:
+        run = lambda: hidden.append(sdpa.base_model(input_ids=ids[None, :length], use_cache=False)[0])  # noqa: E731
+        run()
+        return np.minimum(spent(run), spent(run))
+
+    half, whole = forward(n // 2), forward(n)
+    quadratic = np.maximum(0, 2 * (whole - 2 * half)) / n**2
+    linear = whole / n - quadratic * n
+    suffix = linear * (n - position) + quadratic * (n**2 - position**2)
+    unembed = 4 * spent(lambda: sdpa.get_output_embeddings()(hidden[-1][:, : n // 4]))
+    share = sum((n_layers - 1 - layer) / n_layers for layer in range(n_layers))
+    return (len(FACTORS) - 1) * (suffix * share + n_layers * unembed * (n - position) / n) + whole
 
 
 def sweep_rows(name: str, lengths: Sequence[int], every: int, n_cells: int) -> list[Row]:
@@ -316,7 +324,12 @@ def _sweep_rows(model, sdpa, ids: torch.Tensor, every: int, n_cells: int) -> lis
         for peer, other, target, note in (
             ("naive loop, TransformerLens hooks", naive * n_all, goal, sampled),
             ("generic_activation_patch", patching * n_all, goal, sampled),
-            ("limit: SDPA of what can change", limit_spent(sdpa, ids, position), 1.25, "from one timed forward"),
+            (
+                "limit: SDPA of what can change",
+                limit_spent(sdpa, ids, position),
+                1.25,
+                "from timed forwards of the text and its half",
+            ),
         ):
             row: Row = {"work": f"sweep {n_layers} x {len(FACTORS)}, {where}", "T": n}
             row |= compared(seconds[None], peer, other[None]) | {

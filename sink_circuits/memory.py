@@ -21,6 +21,8 @@ from sink_circuits.models import Adapter
 GIB = 1 << 30
 BATCH_BYTES = 1 << 29
 """What one batch of edited rows takes at most, however much memory there is (512 MiB): larger ones are no faster."""
+BATCH_TOKENS = 1024
+"""Tokens that one batch of edited rows holds on a CPU, where one text has no more: larger ones leave its caches, and are slower."""
 SPARE = 0.9
 """Share of the memory that is free now which a run may take when no budget is set."""
 
@@ -87,5 +89,8 @@ def rows_within(memory: float | None, adapter: Adapter, need: Need, n_positions:
             f"a text of {n_positions} tokens needs about {(need.clean + need.row) / GIB:.2g} GiB beside the model and "
             f"{limit / GIB:.2g} GiB {whose}: cut the text, or allow more memory."
         )
-    most = min(limit - need.clean, BATCH_BYTES) if need.row else limit
-    return max(1, int(most // max(need.row, 1)))
+    if not need.row:
+        return 1
+    rows = int(min(limit - need.clean, BATCH_BYTES) // need.row)
+    on_cpu = adapter.device.type == "cpu"
+    return max(1, min(rows, BATCH_TOKENS // n_positions) if on_cpu else rows)

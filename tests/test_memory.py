@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import sink_circuits as sc
 from sink_circuits.errors import InputError
-from sink_circuits.memory import BATCH_BYTES, GIB, Need, available, need_of, rows_within
+from sink_circuits.memory import BATCH_BYTES, BATCH_TOKENS, GIB, Need, available, need_of, rows_within
 from sink_circuits.models import adapt
 
 SMALL = 1e-4  # GiB: less than a planted prompt's clean run takes
@@ -40,7 +40,7 @@ def test_rows_fit_the_budget_or_are_refused(clean, row, memory):
         return
     rows = rows_within(memory, adapt(lens()), Need(clean, row), 77)
     assert rows >= 1
-    assert rows == 1 or (clean + rows * row <= memory * GIB and rows * row <= BATCH_BYTES)
+    assert rows == 1 or (clean + rows * row <= memory * GIB and rows * row <= BATCH_BYTES and rows * 77 <= BATCH_TOKENS)
 
 
 def test_without_a_budget_what_is_free_is_the_limit():
