@@ -94,6 +94,22 @@ def test_a_random_model_at_the_same_positions_supports_nothing():
     assert np.isnan(result.table.set_index("hypothesis").loc["levels recur", "p"])  # the sinks are another model's
 
 
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_randomly_initialised_real_model_at_the_trained_models_sinks_supports_nothing():
+    """SmolLM2's shape with drawn weights, treated where the trained model has its sinks; twelve prompts could decide."""
+    model = sc.load_model("smollm2-135m", verbose=False)
+    tokens = sc.load_prompts("all")[24:38].tokens(model, max_tokens=72)
+    sinks = sc.find_sinks(model, tokens, verbose=False)
+    result = claims.test_claims(
+        randomly_initialised(model), tokens, sinks, layer=2, n_random=1, per_prompt=1, verbose=False
+    )
+    assert result.table.set_index("hypothesis").loc["necessary", "n_prompts"] >= 9  # 2^-9 * 14 < 0.05
+    assert "supported" not in result.verdicts["verdict"].tolist()
+    necessary = result.table.set_index("hypothesis").loc["necessary"]
+    assert abs(necessary["estimate"]) < 0.5  # the trained model's is beyond -4
+
+
 def test_saved_and_loaded(tmp_path):
     result = on_the_plant()
     result.save(tmp_path / "claims.safetensors")
