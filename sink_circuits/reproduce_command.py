@@ -6,11 +6,13 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from sink_circuits.errors import InputError
+
+Figure = Literal["levels", "norms_by_layer", "mlp_stages", "pca", "clustering", "score_by_lifetime", "matrix_entropy"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Reproduce:
     """JSON lines that the published code wrote, shown in figure 2: FILE, or NAME=FILE (files of one name make one panel)."""
     out: Path = Path("study")
     """The folder of figures, tables and index.html."""
+    figures: tuple[Figure, ...] = get_args(Figure)
+    """Only these figures."""
     formats: tuple[Literal["html", "svg", "pdf", "png"], ...] = ("html", "svg")
     """What figures are written as, beside their tables; all but html need the extra `static` and a browser."""
     overwrite: bool = False
@@ -90,7 +94,7 @@ class Reproduce:
             prompts, self.method, self.kinds, max_tokens=self.max_tokens, chat=self.chat, decoding=decoding if self.generate else None
         )  # fmt: skip
         study = reproduce(
-            self.models, plan if self.models else None, self.out, records=records, formats=self.formats,
+            self.models, plan if self.models else None, self.out, records=records, figures=self.figures, formats=self.formats,
             command=shlex.join(["sink-circuits", *sys.argv[1:]]), overwrite=self.overwrite, verbose=not self.quiet,
         )  # fmt: skip
         _report(study)

@@ -36,7 +36,7 @@ from sink_circuits.records import Record, read_records, record_of, write_records
 from sink_circuits.results import check_target, write_whole
 from sink_circuits.runs import run_clean
 from sink_circuits.scores import scores_of
-from sink_circuits.study_figures import FIGURES, LEVELS, Subject
+from sink_circuits.study_figures import FIGURES, LEVELS, StudyFigure, Subject
 from sink_circuits.study_folder import (
     FORMATS,
     Made,
@@ -49,6 +49,7 @@ from sink_circuits.study_folder import (
 )
 
 SECONDARIES = ("secondary", "primary-like")
+FIGURE_NAMES = (LEVELS.name, *(figure.name for figure in FIGURES))
 FILES = ("sinks.parquet", "sinks.csv")
 
 
@@ -109,7 +110,8 @@ class Study:
 
 def reproduce(
     models: Sequence, plan: Plan | None, folder: str | Path, *, records: Mapping[str, Sequence[Record]] | None = None,
-    formats: Sequence[str] = FORMATS, command: str = "", overwrite: bool = False, verbose: bool = True,
+    figures: Sequence[str] = FIGURE_NAMES, formats: Sequence[str] = FORMATS, command: str = "", overwrite: bool = False,
+    verbose: bool = True,
 ) -> Study:  # fmt: skip
     """All figures and tables of the study for these models, one after the other, in `folder` with an index page.
 
@@ -117,12 +119,12 @@ def reproduce(
     the name of the panel; with them alone, `plan` may be None. A figure whose files are there is not made again (a model
     is known by its name), so the same call goes on where one was stopped, and a later one adds models. A figure that does
     not exist for a model (no sinks of that kind, too few of them) is told with its reason; so is what fails, which the
-    next call tries again. `formats`: html, svg, pdf, png; where a browser is missing for the last three, the page says so.
-    `command`: how to make this again, for the page.
+    next call tries again. `figures`: only these, by name. `formats`: html, svg, pdf, png; where a browser is missing for
+    the last three, the page says so. `command`: how to make this again, for the page.
 
-    Raises InputError for an unknown format, two models of one name or a study of nothing; ResultError for a folder that
-    holds something else or was made by another plan (unless `overwrite`); and what `load_model` raises where there is one
-    model only.
+    Raises InputError for an unknown figure or format, two models of one name or a study of nothing; ResultError for a
+    folder that holds something else or was made by another plan (unless `overwrite`); and what `load_model` raises where
+    there is one model only.
     """
     folder = Path(folder)
     names = [name_of(model) for model in models]
@@ -132,8 +134,10 @@ def reproduce(
         raise InputError(f"records and a model are both named {sorted(clash)[0]!r}: give the records another name.")
     if (plan is None) if names else not records:
         raise InputError("nothing to reproduce: give models and a plan with prompts, or records of the published code.")
-    if unknown := set(formats) - {"html", "svg", "pdf", "png"}:
-        raise InputError(f"format {sorted(unknown)[0]!r} is unknown: use html, svg, pdf or png.")
+    for what, given, known in (("format", formats, ("html", "svg", "pdf", "png")), ("figure", figures, FIGURE_NAMES)):
+        if unknown := set(given) - set(known):
+            raise InputError(f"{what} {sorted(unknown)[0]!r} is unknown: use {', '.join(known)}.")
+    wanted = [figure for figure in FIGURES if figure.name in figures]
     _check_folder(folder, plan, overwrite)
     for name, own in (records or {}).items():
         write_records(folder / "records" / f"{_safe_name(name)}.jsonl", own, overwrite=True)
@@ -141,19 +145,19 @@ def reproduce(
     try:
         for name, model in zip(names, models, strict=True):
             try:
-                failed += _one_model(model, name, plan, folder, formats, overwrite, verbose)
+                failed += _one_model(model, name, plan, folder, wanted, formats, overwrite, verbose)
             except (SinkCircuitsError, MemoryError) as error:
                 if len(names) == 1 or isinstance(error, ResultError):
                     raise
                 failed.append(Made(name, "", "failed", str(error) or type(error).__name__))
             gc.collect()  # the next model's weights take the place of this one's
-        failed += _levels(folder, formats, overwrite, verbose)
+        failed += _levels(folder, formats, overwrite, verbose) if LEVELS.name in figures else []
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{folder} keeps what was made, and the same command goes on with the rest") from stop
     finally:
         states = (*states_of(folder), *failed)
         if folder.is_dir():
-            page = study_page.render(folder, states, command)
+            page = study_page.render(folder, states, figures, command)
             write_whole(folder / "index.html", lambda temporary: temporary.write_text(page, "utf-8"), overwrite=True)
     return Study(folder, states)
 
@@ -206,11 +210,11 @@ def _claim(folder: Path, plan: Plan) -> None:
 
 
 def _one_model(
-    source, name: str, plan: Plan, top: Path, formats: Sequence[str], overwrite: bool, verbose: bool
-) -> list[Made]:
+    source, name: str, plan: Plan, top: Path, figures: Sequence[StudyFigure], formats: Sequence[str], overwrite: bool, verbose: bool
+) -> list[Made]:  # fmt: skip
     """Makes what is missing of one model's figures; returns those that failed."""
     folder = top / name
-    wanted = [figure for figure in FIGURES if overwrite or not is_complete(folder, figure.name, formats)]
+    wanted = [figure for figure in figures if overwrite or not is_complete(folder, figure.name, formats)]
     files = (*FILES, *(("records.jsonl",) if plan.method == "official" else ()))
     found_before = not overwrite and all((folder / file).is_file() for file in files)
     if found_before and not wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from sink_circuits import anatomy
 from sink_circuits.detection import Sinks
 from sink_circuits.prompts import Tokens
+from sink_circuits.records import Record, records_table
 
 LEVEL_KINDS = ("primary", "secondary", "primary-like", "bos_sink", "noise")
 """Figure 2 as published counts every candidate, the BOS sink and noise too."""
@@ -76,11 +77,21 @@ FIGURES = (
         lambda s: anatomy.matrix_entropy(s.model, s.tokens, s.found, verbose=s.verbose),
     ),
 )  # fmt: skip
+
+
+def _kinds_in(sources: Mapping[str, Sinks | Sequence[Record]]) -> list[str]:
+    """All kinds that there are: the figure names what it counts."""
+    found: set[str] = set()
+    for source in sources.values():
+        found |= set(source.table["kind"] if isinstance(source, Sinks) else records_table(source)["sink_type"])
+    return [kind for kind in LEVEL_KINDS if kind in found] or list(LEVEL_KINDS)
+
+
 LEVELS = StudyFigure(
     "levels", "Figure 2: sink levels",
     "Heat map of log(1 + count) by the layer in which a sink begins and its lifetime, one panel per model. As published, every candidate "
     "counts, the primary sink too.",
-    lambda sources: anatomy.levels(sources, kinds=LEVEL_KINDS),
+    lambda sources: anatomy.levels(sources, kinds=_kinds_in(sources)),
 )  # fmt: skip
 
 

@@ -16,8 +16,11 @@ MAX_ROWS = 40
 """Sinks that the page lists of each model; the table files hold all."""
 
 
-def render(folder: Path, states: Sequence[Made], command: str = "") -> str:
-    """The page as text. `states`: what there is of each figure; paths in the page are relative to `folder`."""
+def render(folder: Path, states: Sequence[Made], wanted: Sequence[str], command: str = "") -> str:
+    """The page as text. `states`: what there is of each figure; those in `wanted` that are not there are named.
+
+    Paths in the page are relative to `folder`.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -29,13 +32,15 @@ def render(folder: Path, states: Sequence[Made], command: str = "") -> str:
     environment.filters["url"] = lambda text: quote(str(text))
     environment.filters["number"] = lambda value: "–" if value != value else f"{value:.3g}"
     by_place = {(one.model, one.figure): one for one in states}
-    models = [
-        _model(folder, name, [_figure(folder, name, figure, by_place) for figure in FIGURES])
-        for name in models_in(folder)
-    ]
+
+    def shown(model: str, figures: Sequence[StudyFigure]) -> list[dict]:
+        own = [figure for figure in figures if figure.name in wanted or (model, figure.name) in by_place]
+        return [_figure(folder, model, figure, by_place) for figure in own]
+
+    models = [_model(folder, name, shown(name, FIGURES)) for name in models_in(folder)]
     return environment.get_template("study.html.j2").render(
         command=command, plan=read_plan(folder) or {}, models=models,
-        levels=_figure(folder, "", LEVELS, by_place),
+        levels=shown("", [LEVELS]),
         records=sorted(path.stem for path in (folder / "records").glob("*.jsonl")),
         failed=[one for one in states if one.state == "failed"],
     )  # fmt: skip

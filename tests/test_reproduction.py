@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.generation import Decoding
 from sink_circuits.prompts import Prompt, PromptSet
 from sink_circuits.records import read_records
-from sink_circuits.reproduce_command import named
+from sink_circuits.reproduce_command import Figure, named
 from sink_circuits.reproduction import Plan, reproduce
 
 torch.set_num_threads(1)
@@ -38,24 +39,35 @@ PROMPTS = PromptSet(
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The planted model, and the same without any sink, as folders in Hugging Face format with a token for each word."""
-    made = {}
-    for name, without in (("planted", ()), ("bare", ("primary", "secondary", "stand_in", "decoy"))):
-        made[name] = tmp_path_factory.mktemp("models") / name
-        subject(*without).hf_model.save_pretrained(made[name])
-        words(64).save_pretrained(made[name])
-    return {name: str(path) for name, path in made.items()}
+def folder(tmp_path_factory):
+    """The planted model as a folder in Hugging Face format, with a token for each word."""
+    made = tmp_path_factory.mktemp("models") / "planted"
+    subject().hf_model.save_pretrained(made)
+    words(64).save_pretrained(made)
+    return str(made)
+
+
+@functools.cache
+def model(name: str = "planted"):
+    """The planted model, or "bare", the same without any sink, with a tokenizer of its own."""
+    made = subject(*(() if name == "planted" else ("primary", "secondary", "stand_in", "decoy"))).bridge()
+    made.tokenizer, made.cfg.model_name = words(64), name
+    return made
+
+
+ALL = {"figures": reproduction.FIGURE_NAMES, "formats": ("html",)}
+FEW = ("levels", "norms_by_layer", "mlp_stages")
 
 
 def study(models, out, plan=None, **options):
-    return reproduce(models, plan or Plan(PROMPTS), out, **{"formats": (), "verbose": False} | options)
+    """Few figures, undrawn, where only the folder matters."""
+    return reproduce(models, plan or Plan(PROMPTS), out, **{"figures": FEW, "formats": (), "verbose": False} | options)
 
 
 @pytest.fixture(scope="module")
-def done(folders, tmp_path_factory):
+def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
-    return study([folders["planted"]], out, formats=("html",), command="sink-circuits reproduce <planted>")
+    return study([model()], out, **ALL, command="sink-circuits reproduce <planted>")
 
 
 def stamps(folder) -> dict:
@@ -135,9 +147,9 @@ def test_the_page_shows_what_is_there_and_says_what_is_not(done):
     assert "3 primary, 3 secondary" in page
 
 
-def test_a_prompts_name_is_no_markup(folders, tmp_path):
+def test_a_prompts_name_is_no_markup(tmp_path):
     hostile = PromptSet((dataclasses.replace(PROMPTS[0], id="<script>alert(1)</script>\u202e"),))
-    page = study([folders["planted"]], tmp_path / "out", Plan(hostile)).index.read_text("utf-8")
+    page = study([model()], tmp_path / "out", Plan(hostile)).index.read_text("utf-8")
     assert "script" not in Elements(page).names and "\u202e" not in page
     assert "&lt;script&gt;" in page
 
@@ -145,20 +157,20 @@ def test_a_prompts_name_is_no_markup(folders, tmp_path):
 # Going on.
 
 
-def test_what_is_there_is_not_made_again(done, folders):
+def test_what_is_there_is_not_made_again(done):
     before = stamps(done.folder)
     with no_forward_pass():
-        again = study([folders["planted"]], done.folder, formats=("html",), command="sink-circuits reproduce <planted>")
+        again = study([model()], done.folder, **ALL, command="sink-circuits reproduce <planted>")
     assert again.figures == done.figures
     after = stamps(done.folder)
     assert {name for name in before if before[name] != after[name]} == {"index.html"}
 
 
-def test_a_file_that_is_gone_is_made_again_alone(folders, tmp_path):
-    first = study([folders["planted"]], tmp_path / "out")
+def test_a_file_that_is_gone_is_made_again_alone(tmp_path):
+    first = study([model()], tmp_path / "out")
     before = stamps(first.folder)
     (first.folder / "planted" / "mlp_stages.csv").unlink()
-    study([folders["planted"]], first.folder)
+    study([model()], first.folder)
     after = stamps(first.folder)
     changed = {name for name in after if before.get(name) != after[name]}
     assert changed == {f"planted/mlp_stages.{e}" for e in ("csv", "parquet", "safetensors", "json")} | {
@@ -167,7 +179,7 @@ def test_a_file_that_is_gone_is_made_again_alone(folders, tmp_path):
     }
 
 
-def test_an_interrupted_study_goes_on(folders, tmp_path, monkeypatch):
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     figures, calls = list(study_figures.FIGURES), []
 
     def interrupt(subject):
@@ -178,25 +190,25 @@ def test_an_interrupted_study_goes_on(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduction, "FIGURES", (figures[0], dataclasses.replace(figures[1], make=interrupt)))
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-        study([folders["planted"]], tmp_path / "out")
+        study([model()], tmp_path / "out")
     assert "Not made yet" in (tmp_path / "out" / "index.html").read_text("utf-8")
     before = stamps(tmp_path / "out")
-    assert state_of(study([folders["planted"]], tmp_path / "out"))["mlp_stages"] == "made"
+    assert state_of(study([model()], tmp_path / "out"))["mlp_stages"] == "made"
     after = stamps(tmp_path / "out")
     assert all(before[name] == after[name] for name in before if name.startswith("planted/norms") or "sinks" in name)
 
 
-def test_other_settings_need_another_folder_or_overwrite(folders, tmp_path):
-    first = study([folders["planted"]], tmp_path / "out")
+def test_other_settings_need_another_folder_or_overwrite(tmp_path):
+    first = study([model()], tmp_path / "out")
     shorter = Plan(PROMPTS, max_tokens=60)
     before = stamps(first.folder)
     with pytest.raises(
         ResultError, match="was made with max_tokens None, not 60: choose another one, or pass overwrite"
     ):
-        study([folders["planted"]], first.folder, shorter)
+        study([model()], first.folder, shorter)
     assert stamps(first.folder) == before
     (first.folder / "planted" / "mine.txt").write_text("kept")
-    assert not study([folders["bare"]], first.folder, shorter, overwrite=True).failed
+    assert not study([model("bare")], first.folder, shorter, overwrite=True).failed
     assert (first.folder / "planted" / "mine.txt").read_text() == "kept"
     assert [p.name for p in (first.folder / "planted").iterdir()] == ["mine.txt"], (
         "figures of the old settings are left"
@@ -204,27 +216,27 @@ def test_other_settings_need_another_folder_or_overwrite(folders, tmp_path):
     assert study_folder.models_in(first.folder) == ["bare"]
 
 
-def test_a_folder_of_something_else_is_left_alone(folders, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ResultError, match="holds something else"):
-        study([folders["planted"]], tmp_path)
+        study([model()], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 # Many models, and what cannot be made.
 
 
-def test_models_without_sinks_or_that_cannot_be_loaded_do_not_stop_the_others(folders, tmp_path):
-    made = study([folders["bare"], "no/such/model", folders["planted"]], tmp_path / "out")
-    assert set(state_of(made, "bare").values()) == {"absent", "made"}
-    assert state_of(made, "bare")["matrix_entropy"] == "made", "entropy needs no sink"
+def test_models_without_sinks_or_that_cannot_be_loaded_do_not_stop_the_others(tmp_path):
+    few = ("levels", "norms_by_layer", "matrix_entropy")
+    made = study([model("bare"), "no/such/model", model()], tmp_path / "out", figures=few)
+    assert state_of(made, "bare") == {"norms_by_layer": "absent", "matrix_entropy": "made"}, "entropy needs no sink"
     (failed,) = made.failed
     assert failed.model == "model" and "no/such/model" in failed.reason
     frame = pd.read_parquet(made.folder / "levels.parquet")
     assert set(frame["model"]) == {"bare", "planted"}
     page = made.index.read_text("utf-8")
     assert "What failed" in page and "None were found in these texts" in page
-    later = study([folders["planted"]], made.folder)
+    later = study([model()], made.folder, figures=few)
     assert {one.model for one in later.figures} == {"", "bare", "planted"}, "the page keeps the models of earlier runs"
 
 
@@ -234,7 +246,7 @@ def test_a_single_model_that_cannot_be_loaded_is_an_error_and_writes_nothing(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_figure_that_fails_is_told_and_tried_again(folders, tmp_path, monkeypatch):
+def test_a_figure_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
     def broken(subject):
         raise RuntimeError("out of luck")
 
@@ -244,12 +256,12 @@ def test_a_figure_that_fails_is_told_and_tried_again(folders, tmp_path, monkeypa
             "FIGURES",
             (dataclasses.replace(study_figures.FIGURES[0], make=broken), *study_figures.FIGURES[1:]),
         )
-        made = study([folders["planted"]], tmp_path / "out")
+        made = study([model()], tmp_path / "out")
     (failed,) = made.failed
     assert (failed.figure, failed.reason) == ("norms_by_layer", "RuntimeError: out of luck")
     assert "out of luck" in made.index.read_text("utf-8")
-    assert state_of(made)["matrix_entropy"] == "made"
-    assert not study([folders["planted"]], tmp_path / "out").failed
+    assert state_of(made)["mlp_stages"] == "made"
+    assert not study([model()], tmp_path / "out").failed
 
 
 @pytest.mark.parametrize(
@@ -259,6 +271,7 @@ def test_a_figure_that_fails_is_told_and_tried_again(folders, tmp_path, monkeypa
         ([], {}, "nothing to reproduce"),
         (["planted"], {"records": {"planted": []}}, "records and a model are both named 'planted'"),
         (["planted"], {"formats": ("html", "gif")}, "format 'gif' is unknown"),
+        (["planted"], {"figures": ("figure 9",)}, "figure 'figure 9' is unknown: use levels, norms_by_layer"),
     ],
 )
 def test_studies_of_nothing_are_refused(tmp_path, models, options, message):
@@ -280,6 +293,10 @@ def test_studies_of_nothing_are_refused(tmp_path, models, options, message):
 def test_plans_that_are_none_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Plan(PROMPTS, **options)
+
+
+def test_the_command_offers_every_figure():
+    assert get_args(Figure) == reproduction.FIGURE_NAMES
 
 
 def test_names_are_safe_for_a_folder():
@@ -336,9 +353,9 @@ def test_figure_2_from_published_records_alone(tmp_path, capsys):
     assert read_records(out / "records" / "twice.jsonl") == 2 * read_records(file)
 
 
-def test_records_stand_beside_models(done, folders, tmp_path):
+def test_records_stand_beside_models(done, tmp_path):
     (tmp_path / "r.jsonl").write_text(PUBLISHED, "utf-8")
-    made = study([folders["planted"]], tmp_path / "out", records={"published": read_records(tmp_path / "r.jsonl")})
+    made = study([model()], tmp_path / "out", records={"published": read_records(tmp_path / "r.jsonl")})
     assert counted(made.folder, "published") == published_levels()
     assert counted(made.folder, "planted") == {(2, 19): 3, (6, 7): 3}
 
@@ -352,8 +369,8 @@ def test_names_of_record_files(tmp_path):
 # The published procedure, answers, chat.
 
 
-def test_official_records_are_written_and_drawn(folders, tmp_path):
-    made = study([folders["planted"]], tmp_path / "out", Plan(PROMPTS, method="official"))
+def test_official_records_are_written_and_drawn(tmp_path):
+    made = study([model()], tmp_path / "out", Plan(PROMPTS, method="official"))
     records = read_records(made.folder / "planted" / "records.jsonl")
     for index, (record, places) in enumerate(zip(records, PLACES.values(), strict=True)):
         layers = {pos: list(sink.layers) for pos, sink in record.candidate_sinks.items()}
@@ -365,12 +382,12 @@ def test_official_records_are_written_and_drawn(folders, tmp_path):
     assert primary[["pos", "l_start", "l_end"]].to_numpy().tolist() == [[0, 2, 20]] * 3
     run = by_hand(subject().tokens(96, PLACES["b"], seed_name="b"))
     assert primary["norm"].iloc[1] == pytest.approx(run.residuals[2:21, 0].norm(dim=-1).max().item(), rel=1e-4)
-    assert state_of(made)["norms_by_layer"] == state_of(made)["score_by_lifetime"] == "made"
+    assert set(state_of(made).values()) == {"made"}
 
 
-def test_a_model_answers_before_it_is_looked_at(folders, tmp_path):
+def test_a_model_answers_before_it_is_looked_at(tmp_path):
     plan = Plan(PROMPTS[:2], method="official", decoding=Decoding(6))
-    made = study([folders["planted"]], tmp_path / "out", plan)
+    made = study([model()], tmp_path / "out", plan)
     answers = [
         json.loads(line) for line in (made.folder / "planted" / "generations.jsonl").read_text("utf-8").splitlines()
     ]
@@ -379,33 +396,34 @@ def test_a_model_answers_before_it_is_looked_at(folders, tmp_path):
         n_new = len(line["output"].split())
         assert n_new == 6 and (record.prompt_len, record.response_len, record.full_text_len) == (96, n_new, 96 + n_new)
     with no_forward_pass():
-        study([folders["planted"]], made.folder, plan)
+        study([model()], made.folder, plan)
 
 
-def test_sinks_of_the_template_are_no_sinks_of_the_text(folders, tmp_path):
-    model = sc.load_model(folders["planted"], verbose=False)
-    model.tokenizer.chat_template = (
+def test_sinks_of_the_template_are_no_sinks_of_the_text(tmp_path):
+    chatty = subject().bridge()
+    chatty.tokenizer = words(64)
+    chatty.tokenizer.chat_template = (
         "w0 w9 w9 w9 w9 w1 {{ messages[0]['content'] }} w1 w5"  # w1 forms a sink wherever it stands
     )
     prompts = PromptSet(tuple(dataclasses.replace(p, text=p.text.removeprefix("w0 ")) for p in PROMPTS))
-    made = study([model], tmp_path / "out", Plan(prompts, chat=True))
+    made = study([chatty], tmp_path / "out", Plan(prompts, chat=True))
     table = Sinks.load(next(made.folder.glob("*/sinks.parquet"))).table
     found = {(row.prompt, row.pos) for row in table.itertuples() if row.kind == "secondary"}
     assert found == {(name, pos + 5) for name, places in PLACES.items() for pos in places}
     assert (table["kind"] == "primary").sum() == 3
     plain = study(
-        [model], tmp_path / "plain", Plan(PromptSet((Prompt("x", "t", f"w0 w9 w9 w9 w9 w1 {prompts[0].text}"),)))
+        [chatty], tmp_path / "plain", Plan(PromptSet((Prompt("x", "t", f"w0 w9 w9 w9 w9 w1 {prompts[0].text}"),)))
     )
     table = Sinks.load(next(plain.folder.glob("*/sinks.parquet"))).table
     assert 5 in table["pos"].tolist(), "without a template the same token counts"
 
 
-def test_the_command_says_what_it_made(folders, tmp_path, capsys):
+def test_the_command_says_what_it_made(folder, tmp_path, capsys):
     lines = tmp_path / "gsm8k.jsonl"
     lines.write_text("\n".join(json.dumps({"question": p.text, "answer": "#### 2"}) for p in PROMPTS), "utf-8")
     command = [
         "reproduce",
-        folders["planted"],
+        folder,
         "--prompts",
         str(lines),
         "--out",
@@ -413,10 +431,11 @@ def test_the_command_says_what_it_made(folders, tmp_path, capsys):
         "--formats",
         "html",
     ]
+    command += ["--figures", "levels", "norms_by_layer", "clustering"]
     assert main([*command, "--n-prompts", "2"]) == 0
     out = capsys.readouterr().out
     assert "planted: Figure 1: norms by layer: " in out and "absent: planted, clustering: " in out
-    assert "Figures: 5 made, 2 absent." in out and "index.html" in out
+    assert "Figures: 2 made, 1 absent." in out and "index.html" in out
     assert main([*command, "--n-prompts", "3"]) == 2
     assert "was made with prompts" in capsys.readouterr().err
     assert main([*command, "--generate", "9"]) == 2
