@@ -157,7 +157,7 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
         "report.html",
     }
     page = (out / "report.html").read_text()
-    row = page.split('<th scope="row" class="text">wrong layer</th>')[1][:400]
+    row = page.split("wrong layer</th>")[1][:400]
     assert 'id="circuit-figure"' in page
     controls = Controlled.load(out / "controls.safetensors").compare().set_index("control")
     assert f"{abs(controls.loc['wrong layer', 'difference']):.3f}" in row

@@ -229,7 +229,8 @@ def test_options_are_checked_before_anything_is_read(capsys, tmp_path):
 def test_a_browser_draws_every_figure_and_fetches_nothing(page, tmp_path):
     (tmp_path / "page.html").write_text(probed(page), encoding="utf-8")
     dom, log = browse(tmp_path / "page.html", tmp_path, "--dump-dom", size="1280,2000")
-    seen_in(dom, log, 1280, n_figures=page.count('class="figure-data"'))
+    seen = seen_in(dom, log, 1280, n_figures=page.count('class="figure-data"'))
+    assert seen["sideways"] == [], "a table is cut on a wide screen"
     assert not [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]
 
 

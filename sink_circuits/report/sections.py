@@ -98,8 +98,8 @@ ANATOMY = {
     "key_query_geometry": "Keys and queries",
 }
 """Sections of the anatomy in their order."""
-TEXT, NAME = "text", "text name"
-"""Cells of text; of text that may be long. All others are numbers."""
+TEXT, NAME, WIDE = "text", "text name", "text name wide"
+"""Cells of text; of text that may be long; of sentences. All others are numbers."""
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,19 @@ def _controls(index: int, controls: Controlled) -> Section:
     several = table["edit"].nunique() > 1
     for row in table.to_dict(orient="records"):
         name = f"{row['edit']}: {row['control']}" if several else row["control"]
-        p = f"{number(row['p'])} ({number(row['smallest_p'])})" if row["n_prompts"] else "–"
-        left = f"{row['n_unmatched']}: {reasons.get(row['control'], '')}" if row["n_unmatched"] else "0"
+        p = f"{row['p']:.2g} ({row['smallest_p']:.2g})" if row["n_prompts"] else "–"
+        left = str(row["n_unmatched"])
         changes = tuple(number(row[name], signed=True) for name in ("effect", "control_effect", "difference"))
-        rows.append((name, CONTROLS.get(row["control"], ""), *changes, _ends(row), p, _n(row), left))
-    head = (("control", TEXT), ("what is done", NAME), ("effect", ""), ("control's", ""), ("difference", ""), ("95% interval", ""),
-            ("p (smallest)", ""), ("prompts, sinks", ""), ("without a match", NAME))  # fmt: skip
+        rows.append((name, *changes, _ends(row), p, _n(row), left))
+    head = (("control", NAME), ("effect", ""), ("control's", ""), ("difference", ""), ("95% interval", ""),
+            ("p (smallest)", ""), ("prompts, sinks", ""), ("without a match", ""))  # fmt: skip
     caption = (
         "In log-odds (nats), mean over heads and the layers that read the sink; difference: effect less the control's, over the prompts "
-        "that have both, with its 95% bootstrap interval; p: sign flips over prompts, two-sided, and the smallest that so few allow."
+        "that have both, with its 95% bootstrap interval; p: sign flips over prompts, two-sided, and the smallest that so few allow. "
+        f"Controls: {'; '.join(f'{name}, {CONTROLS[name]}' for name in dict.fromkeys(table['control']) if name in CONTROLS)}."
     )
+    said = [f"{name}: {reason}" for name, reason in reasons.items() if (table["control"] == name).any()]
+    caption += f" Without a match, for example: {'; '.join(said)}." if said else ""
     try:
         drawn: tuple = (_drawn(f"figure-{index}-controls", controls.plot()),)
     except InputError:  # no control matched: the table says why
@@ -240,7 +243,7 @@ def _paths(index: int, paths: PathEffect) -> Section:
         for row in table.to_dict(orient="records")
     ]  # fmt: skip
     head = (
-        ("part", TEXT),
+        ("part", NAME),
         ("kind", TEXT),
         ("outcome", NAME),
         ("effect", ""),
@@ -321,11 +324,11 @@ def _claims(index: int, claims: Claims) -> Section:
     tables = (
         Table(
             "Verdicts, by the rule that was fixed before the run.",
-            (("claim", ""), ("statement", NAME), ("verdict", TEXT), ("why", NAME)), verdicts, is_open=True,
+            (("claim", ""), ("statement", WIDE), ("verdict", TEXT), ("why", WIDE)), verdicts, is_open=True,
         ),
         Table(
             "Every hypothesis: mean over prompts with its 95% interval, p of the predicted side after Holm's correction.",
-            (("hypothesis", NAME), ("the number", NAME), ("estimate", ""), ("95% interval", ""), ("p", ""), ("holds", TEXT),
+            (("hypothesis", NAME), ("the number", WIDE), ("estimate", ""), ("95% interval", ""), ("p", ""), ("holds", TEXT),
              ("decides", TEXT), ("prompts, sinks", "")), rows,
         ),
     )  # fmt: skip
@@ -373,11 +376,11 @@ def _sweep(index: int, sweep: SweepResult) -> Section:
     table = sweep.summary(["log_odds", "score"])
     rows = tuple(
         (_short(row["model"]), row["layers"], row["intervention"], number_or_text(row["factor"]), figures.NAMES[row["outcome"]],
-         number(row["clean"]), number(row["edited"]), number(row["effect"], signed=True), _ends(row), _n(row))
+         number(row["effect"], signed=True), _ends(row), _n(row))
         for row in table.to_dict(orient="records")
     )  # fmt: skip
-    head = (("model", NAME), ("layers", TEXT), ("intervention", TEXT), ("factor", ""), ("outcome", NAME), ("clean", ""),
-            ("edited", ""), ("effect", ""), ("95% interval", ""), ("prompts, sinks", ""))  # fmt: skip
+    head = (("model", NAME), ("layers", TEXT), ("intervention", TEXT), ("factor", ""), ("outcome", NAME), ("effect", ""),
+            ("95% interval", ""), ("prompts, sinks", ""))  # fmt: skip
     states = ", ".join(f"{n} {state}" for state, n in sweep.cells["state"].value_counts().items())
     answer = f"{count(len(sweep.cells), 'cell')}: {states}."
     own = table[(table["outcome"] == "log_odds") & (table["factor"] != 1) & table["effect"].notna()]
