@@ -187,6 +187,7 @@ def _make_adapter(model) -> Adapter:
         raise ModelError(
             f"a forward pass over {CHECK_TOKENS} tokens fails ({first}): check that weights and configuration belong together."
         ) from error
+    _check_shapes(draft, reference)
     checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
     for check in checks:
         if not check.passed and _has_user_hooks(model):
@@ -290,6 +291,20 @@ def _reference_pass(adapter: Adapter) -> _Reference:
     )
 
 
+def _check_shapes(adapter: Adapter, reference: _Reference) -> None:
+    """Raises ModelError for hooks without the residual stream's axes: a position would be taken for a row of the batch."""
+    for layer, resid in enumerate(reference.resid_post):
+        for name, found in (
+            ("base", reference.base[layer]),
+            (adapter.contribution_hook(layer), reference.contribution[layer]),
+        ):
+            if found.shape != resid.shape:
+                raise ModelError(
+                    f"{name if name != 'base' else adapter.base_hooks(layer)[0]} has shape {tuple(found.shape)} and the residual stream "
+                    f"{tuple(resid.shape)}: edits of this architecture would land elsewhere; use another model."
+                )
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, as a share of the largest absolute value expected; NaN counts as infinite."""
     if found.shape != expected.shape:
@@ -358,7 +373,10 @@ def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[Attentio
     for run in twin.run(inputs.embed, inputs, range(adapter.n_layers), sums=True):
         forms.append(run.tap.form)
         errors.append(relative_error(run.resid_post, reference.resid_post[run.layer]))
-        parts.append(relative_error(run.tap.base + run.tap.contribution, run.resid_post))
+        same = (
+            run.tap.base.shape == run.tap.contribution.shape == run.resid_post.shape
+        )  # Llama 4's experts drop the batch axis
+        parts.append(relative_error(run.tap.base + run.tap.contribution, run.resid_post) if same else float("inf"))
         expected = (reference.pattern[run.layer].float() * strictly_later).sum(-2)
         sums.append((run.tap.attention.later - expected).abs().max().item())
         keys.append(run.tap.key)

@@ -114,6 +114,11 @@ def hugging_face(name: str, tokens):
     return torch.stack([a[0] for a in out.attentions]).double(), out.logits[0]
 
 
+def checks_of(adapter):
+    """Without those that the fast path failed, where it was refused for that."""
+    return [check for check in adapter.checks if adapter.twin is not None or "fast path" not in check.name]
+
+
 def load(name: str):
     refused = name in NEEDS_TL4 and version("transformer-lens").startswith("3.")
     return (_refused if refused else _loaded)(name)
@@ -139,7 +144,7 @@ def test_scores_paths_and_edits(name, tokens):
     model, path, parallel = load(name)
     adapter = adapt(model)
     assert adapter.parallel == parallel
-    assert all(check.passed for check in adapter.checks)
+    assert all(check.passed for check in checks_of(adapter))
     cleans = {
         "auto": run_clean(model, tokens, chosen=(0, 20)),
         "reference": run_clean(model, tokens, chosen=(0, 20), path="reference"),
@@ -217,7 +222,7 @@ def test_half_precision_agrees_with_float32(name, dtype, tokens):
     exact = sc.sink_scores(model, tokens, min_queries=8).scores[0]
     half = sc.load_model(build(name)[0].to(dtype))
     assert (adapt(half).twin is None) == (path == "reference")
-    assert all(check.passed for check in adapt(half).checks)
+    assert all(check.passed for check in checks_of(adapt(half)))
     scores = sc.sink_scores(half, tokens, min_queries=8).scores[0]
     assert scores.isfinite().eq(exact.isfinite()).all()
     assert (scores - exact).abs().nan_to_num().max() < torch.finfo(dtype).eps
