@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | coverage | notebooks | docs | benchmark | profile | clean
+# make demo | test | test-all | lint | format | coverage | notebooks | docs | benchmark | profile | mutation | clean
 # The environments are made by the first target that needs them and kept: .venv (TransformerLens 3.9, the pinned one)
 # and .venv-tl43 (TransformerLens 4.3). ARGS="-k name" goes to pytest or to the demo, PYTHON names the interpreter.
 
@@ -23,7 +23,7 @@ DEV := constraints/dev.txt
 $(shell for v in $(VENV) $(VENV43); do [ ! -d $$v ] || { [ -x $$v/bin/python ] && [ "$$(cat $$v/.root 2>/dev/null)" = \
 	"$$(pwd -P)" ]; } || rm -f $$v/.ready-*; done)
 
-.PHONY: help demo test test-tl43 test-all lint format coverage notebooks docs benchmark profile clean
+.PHONY: help demo test test-tl43 test-all lint format coverage notebooks docs benchmark profile mutation clean
 
 help:
 	@echo 'make demo       the pipeline from end to end, on a model that comes by pip; writes a report'
@@ -34,6 +34,7 @@ help:
 	@echo 'make format     ruff, changing files'
 	@echo 'make coverage   fast tests, and the lines that they do not reach'
 	@echo 'make benchmark  time and memory against peers, an hour and more; ARGS makes it shorter'
+	@echo 'make mutation   300 errors put into the program one by one: do the tests notice? About an hour'
 	@echo 'make docs       the reference from the docstrings, docs/reference/index.html'
 	@echo 'make profile    where the time of the demo goes'
 
@@ -86,6 +87,9 @@ docs: $(VENV)/.ready-dev
 
 profile: $(VENV)/.ready-run
 	@$(BIN)/python benchmarks/profile_demo.py $(ARGS)
+
+mutation: $(VENV)/.ready-dev
+	@$(BIN)/python tests/mutation.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV43) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache htmlcov .coverage

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_planted import CARRIED, centred, cosine_with_primary, norm_ratio, score
 
 import sink_circuits as sc
-from sink_circuits.detection import COLUMNS, geometry_of, layer_runs, primary_direction, robust_rows
-from sink_circuits.errors import CacheError, InputError
+from sink_circuits.detection import COLUMNS, geometry_of, layer_runs, primary_direction, robust_rows, split_phases
+from sink_circuits.errors import CacheError, InputError, ResultError
 from sink_circuits.runs import CleanRun
 
 PRIMARY, SECONDARY = ("primary", 2, 20), ("secondary", 6, 12)
@@ -385,6 +385,113 @@ def test_values_that_are_not_finite_are_refused(value):
     resid[3, 7, 2] = value
     with pytest.raises(InputError, match="layer 3 is not finite at position 7: load the model in float32"):
         rows_of(resid)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_the_residual_stream_does_not_matter(scale):
+    resid = stream(16)
+    put(resid, 0, range(2, 14))
+    put(resid, 10, range(5, 12))
+    assert rows_of(scale * resid) == rows_of(resid) == {0: [("primary", 2, 13, 2)], 10: [("secondary", 5, 11, 2)]}
+    small, usual = (geometry_of(clean_of(x), 0) for x in (scale * resid, resid))
+    assert (small.cosine - usual.cosine).abs().max() < 1e-5
+    assert (small.norm_ratio / usual.norm_ratio - 1).abs().max() < 1e-5
+    unit = primary_direction(clean_of(scale * resid), 8)
+    assert unit.norm().item() == pytest.approx(1, abs=1e-5)
+    assert unit[AXIS] > 0.99
+
+
+def test_ordinary_tokens_that_draw_nothing_leave_no_ratio():
+    resid = stream(12)
+    put(resid, 0, range(2, 10))
+    clean = clean_of(resid)
+    clean.later[:, :, 1:] = 0
+    (row,) = robust_rows(clean, [None] * 12, sc.Thresholds())
+    assert row["score"] == pytest.approx(1 / (N_POS - 1))
+    assert row["score_ordinary"] == 0
+    assert math.isnan(row["score_ratio"])
+
+
+def test_ordinary_tokens_are_those_within_the_distance_that_are_no_sinks():
+    """Scores by position, so that the median tells who was asked: position / 1000, lower of two in the middle."""
+    resid = stream(12)
+    put(resid, 0, range(2, 10))
+    put(resid, 20, range(4, 9))
+    put(resid, 22, range(4, 9))
+    clean = clean_of(resid)
+    clean.later[:] = torch.arange(N_POS) / 1000 * torch.arange(N_POS - 1, -1, -1)
+    for neighbours, near in (
+        (1, [19, 21]),
+        (2, [18, 19, 21]),
+        (5, [15, 16, 17, 18, 19, 21, 23]),
+        (30, [*range(1, 20), 21, 23]),
+    ):
+        rows = robust_rows(clean, [None] * 12, sc.Thresholds(neighbours=neighbours))
+        row = next(r for r in rows if r["pos"] == 20)
+        assert row["score"] == pytest.approx(0.02)
+        assert row["score_ordinary"] == pytest.approx(sorted(near)[(len(near) - 1) // 2] / 1000)
+    (*_, alone) = robust_rows(clean_of(only_neighbours()), [None] * 12, sc.Thresholds(neighbours=1))
+    assert math.isnan(alone["score_ordinary"]) and math.isnan(alone["score_ratio"])
+
+
+def only_neighbours() -> torch.Tensor:
+    """The last token of three in a row has no neighbour that is no sink, and the text ends."""
+    resid = stream(12)[:, :22]
+    put(resid, 0, range(2, 10))
+    for position in (20, 21):
+        put(resid, position, range(4, 9))
+    return resid
+
+
+def test_thresholds_may_stand_at_the_ends_of_their_ranges():
+    lowest = {
+        "cosine": -1.0, "norm_ratio": 0.0, "min_lifetime": 1, "bridge": 0, "min_queries": 1, "neighbours": 1, "phase_fall": 1.0,
+        "phase_rise": 1.0,
+    }  # fmt: skip
+    made = sc.Thresholds(**lowest)
+    assert {name: getattr(made, name) for name in lowest} == lowest
+    assert sc.Thresholds(cosine=1.0).cosine == 1
+    for name, low in lowest.items():
+        with pytest.raises(InputError, match=rf"threshold {name} = .* is out of range: {low}"):
+            sc.Thresholds(**{name: low - 1})
+    defaults = sc.Thresholds()
+    assert (defaults.cosine, defaults.norm_ratio, defaults.min_lifetime, defaults.bridge) == (0.9, 2.5, 2, 1)
+    assert (defaults.min_queries, defaults.neighbours, defaults.phase_fall, defaults.phase_rise) == (16, 32, 4.0, 8.0)
+
+
+def test_a_phase_ends_where_the_norm_falls_and_rises_by_the_factors():
+    """Peak 80; a trough below 80 / 4 for more than one layer, then more than 8 times the trough's least."""
+    limits = sc.Thresholds()
+    for ratios, expected in (
+        ([80, 19, 18, 145], [(0, 2), (3, 3)]),
+        ([80, 19, 18, 144], [(0, 3)]),  # not above 8 * 18
+        ([80, 20, 20, 200], [(0, 3)]),  # not below 80 / 4
+        ([80, 19, 200, 200], [(0, 3)]),  # one layer is a gap
+        ([80, 19, 30, 18, 200], [(0, 4)]),  # two of one layer each
+        ([80, 19, 18, 200, 300, 70, 70, 600], [(0, 2), (3, 6), (7, 7)]),  # the new phase has a peak of its own
+        ([80, 100, 24, 24, 200], [(0, 3), (4, 4)]),  # the peak is the largest so far
+    ):
+        assert split_phases([float(x) for x in ratios], 0, len(ratios) - 1, limits) == expected
+    assert split_phases([1.0, 80.0, 19.0, 18.0, 145.0, 1.0], 1, 4, limits) == [(1, 3), (4, 4)]
+    assert split_phases([80.0, 19.0, 200.0], 0, 2, sc.Thresholds(bridge=0)) == [(0, 1), (2, 2)]
+    assert split_phases([80.0, 45.0, 45.0, 100.0], 0, 3, sc.Thresholds(phase_fall=1.5, phase_rise=2.0)) == [
+        (0, 2),
+        (3, 3),
+    ]
+
+
+def test_saved_sinks_come_back_as_they_were(tmp_path):
+    sinks = sc.find_sinks(lens(), [prompt(), prompt((), seed_name="c")], verbose=False)
+    sinks.save(tmp_path / "sinks.parquet")
+    again = sc.detection.Sinks.load(tmp_path / "sinks.parquet")
+    assert again.table.equals(sinks.table)
+    assert again.table.attrs == sinks.table.attrs == {}
+    assert again.prompts == sinks.prompts == ("prompt-0", "prompt-1")
+    assert again.manifest == sinks.manifest
+    with pytest.raises(ResultError, match="exists"):
+        sinks.save(tmp_path / "sinks.parquet")
+    sinks.select("secondary").save(tmp_path / "sinks.parquet", overwrite=True)
+    assert len(sc.detection.Sinks.load(tmp_path / "sinks.parquet")) == 1
 
 
 def test_attention_never_decides():

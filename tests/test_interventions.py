@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from types import SimpleNamespace
 
@@ -113,6 +114,8 @@ def test_factors_are_finite_and_not_negative(factor):
         (lambda c: None, r"returned NoneType"),
         (lambda c: c / 0, r"'mine' of layer 2 returned NaN or infinite values"),
         (lambda c: c * math.nan, r"NaN or infinite"),
+        (lambda c: c.where(c.abs() < c.abs().max(), math.inf), r"NaN or infinite"),
+        (lambda c: c * 0 + 1e30, r"'mine' of layer 2 made a contribution too long to square"),
     ],
 )
 def test_broken_functions_of_the_user_are_refused(function, message):
@@ -248,6 +251,38 @@ def test_random_directions_are_uniform_on_the_sphere():
     assert ((r.T @ r) / 2000 - torch.eye(16) / 16).abs().max() < 5 * (2 / 16**2 / 2000) ** 0.5
 
 
+def gaussian(size: int, *names) -> torch.Tensor:
+    """From the names alone: their seed is the first eight bytes of a digest."""
+    digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def test_random_directions_are_those_of_their_names():
+    """Cells run again in another process, or by another release, get the same directions."""
+    c = drawn(3, 7)
+    for row, position in enumerate(AT):
+        u = gaussian(7, "direction", "control", 1, 5, position)
+        assert close(iv.random_direction(5, AT, "control", 1).apply(c)[row], c[row].norm() * u / u.norm())
+        u = gaussian(7, "perturbation", "control", 1, 5, position)
+        moved = iv.random_perturbation(iv.rescale(5, AT, 3.0), "control", 1).apply(c)[row] - c[row]
+        assert close(moved, 2 * c[row].norm() * u / u.norm())
+
+
+@given(seed=seeds, size=norms, factor=st.floats(0, 5))
+def test_a_random_perturbation_moves_as_far_as_the_edit(seed, size, factor):
+    c = drawn(3, 64, seed=seed) * size
+    edit = iv.compose(iv.rescale(5, AT, factor), iv.custom(5, AT, lambda x: x + size, "shift"))
+    perturbed = iv.random_perturbation(edit, "control", seed)
+    moved = perturbed.apply(c) - c
+    assert close(moved.norm(dim=-1) / size, (edit.apply(c) - c).norm(dim=-1) / size)
+    assert cosines(moved, edit.apply(c) - c).abs().max() < 0.8
+    assert (perturbed.layer, perturbed.positions) == (5, AT)
+    assert perturbed.name == f"random_perturbation of {edit.name}"
+    keep = iv.rescale(5, AT, 1.0)
+    assert iv.random_perturbation(keep, "control") is keep
+
+
 def test_half_precision_is_computed_wide_and_rounded_once():
     c, u = (drawn(3, 512) * 300).bfloat16(), drawn(512, seed=1)
     for make in (iv.remove_direction, iv.keep_direction):
@@ -334,6 +369,15 @@ def test_patches_take_what_they_say():
     written = iv.transplant_norm(2, 8, run, 3, u)
     assert close(found(written)[0], run.contribution[2, 3].norm() * (u / u.norm()).float(), 1e-6)
     assert (written.name, written.parameter) == ("transplant_norm", pytest.approx(run.contribution[2, 3].norm().item()))
+
+
+def test_contributions_are_read_by_layer_and_position():
+    run = made_up(0, 5, 6, 5, 7)
+    assert torch.equal(iv.contribution_of(run, 2, 3), run.contribution[2, [3]])
+    assert torch.equal(iv.contribution_of(run, torch.tensor(1), np.array([3, 0])), run.contribution[1, [3, 0]])
+    for layer, position in ((3, 0), (0, 5)):
+        with pytest.raises(InputError, match="out of range"):
+            iv.contribution_of(run, layer, position)
 
 
 def test_mean_over_a_corpus():
@@ -443,6 +487,10 @@ RUN = made_up(0, 5, 6)
         (lambda: iv.neuron_contribution(torch.ones(2, 4), torch.ones(4, 5), [1, 1]), r"neurons \[1, 1\]: name each once"),
         (lambda: iv.neuron_contribution(torch.ones(2, 4), torch.ones(4, 5), [1], torch.ones(3)), r"one activation per neuron"),
         (lambda: iv.part_through_norm(torch.ones(2, 4), torch.ones(1, 4), torch.neg), r"give the same shape"),
+        (lambda: iv.keep_direction(3, 5, torch.ones(3)).apply(torch.ones(1, 7)), r"the direction has 3 entries, the contribution 7"),
+        (lambda: iv.swap_norm(3, 5, torch.ones(3)).apply(torch.ones(1, 7)), r"the donor has 3 entries, the contribution 7"),
+        (lambda: sc.Edit(3, 5, torch.neg, "mine", "large"), r"the edit's parameter.* 'large'"),
+        (lambda: sc.Edit(3, 5, torch.neg, 7), r"the edit's name.* 7"),
     ],
 )  # fmt: skip
 def test_impossible_interventions_are_refused_in_one_sentence(make, message):

@@ -204,7 +204,7 @@ def test_one_position_alone_has_no_sinks():
 @pytest.mark.parametrize(
     ("shape", "first_positions", "message"),
     [
-        ((1, 4, 3), (0, 1), r"shape \(1, 4, 3\): \[layer >= 2"),
+        ((1, 4, 3), (0, 1), r"shape \(1, 4, 3\): .*\[layer >= 2"),
         ((4, 3), (0, 1), r"shape \(4, 3\)"),
         ((4, 2, 3), (2, 5), r"no candidate first position \(2, 5\) lies in a text of 2 tokens"),
     ],

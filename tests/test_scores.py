@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sink_circuits as sc
 from sink_circuits import attention
 from sink_circuits.errors import InputError
-from sink_circuits.scores import column_log_odds, column_scores, query_counts
+from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores, query_counts
 
 N = 48
 
@@ -176,6 +176,21 @@ def test_table_holds_every_value_at_its_place():
     assert row.score == pytest.approx(eager.scores(by_hand(texts[1]).pattern, [None] * 24)[9, 1, 20].item(), abs=1e-5)
     assert row.token_id == 1
     assert table.query("prompt == 'prompt-0' and pos > 79").score.isna().all()
+
+
+def test_sixteen_later_queries_are_asked_for_unless_said():
+    """The last position that has a score has 16 of them."""
+    assert MIN_QUERIES == 16
+    for scores in (
+        sc.sink_scores(lens(), prompt()).scores[0],
+        sc.sink_scores(lens(), prompt(), keys=[79, 80]).scores[0],
+    ):
+        assert scores[..., 79].isfinite().all()
+        assert scores[..., 80:].isnan().all()
+    clean = sc.run_clean(lens(), prompt(), chosen=(79, 80))
+    for found in (column_scores(clean.columns, [None] * 24), column_log_odds(clean.columns, [None] * 24)):
+        assert found[..., 0].isfinite().all()
+        assert found[..., 1].isnan().all()
 
 
 def test_min_queries_is_checked_first():

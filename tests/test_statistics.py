@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 
@@ -143,6 +144,15 @@ def test_columns_are_the_same_numbers_as_each_alone(values, prompts):
             np.testing.assert_equal(vars(estimate), vars(alone))  # NaN equals NaN here
 
 
+def test_prompts_may_come_as_any_iterable():
+    values, prompts = [[1.0], [3.0], [5.0]], ["a", "a", "b"]
+    assert bootstrap_columns(values, iter(prompts), name="x") == bootstrap_columns(values, prompts, name="x")
+    np.testing.assert_equal(prompt_table(values, iter(prompts)), prompt_table(values, prompts))
+    one = difference_to_controls([1.0, 2.0], [0.0, 0.0], iter("ab"), name="x")
+    assert one == difference_to_controls([1.0, 2.0], [0.0, 0.0], ["a", "b"], name="x")
+    assert prompt_means([1.0, 2.0], iter("ab")).tolist() == [1.0, 2.0]
+
+
 def test_a_table_has_a_row_per_prompt():
     table = prompt_table([[1, math.nan], [3, math.nan], [5, 7]], ["b", "b", "a"])
     np.testing.assert_equal(table, [[2, math.nan], [5, 7]])
@@ -228,6 +238,17 @@ def test_few_prompts_zeros_and_nan():
     assert (zeros.p, zeros.smallest_p, zeros.statistic, zeros.n) == (1, 1, 0, 3)
     with_zeros = sign_flip_test([1.0, 2.0, 0.0], range(3))
     assert (with_zeros.p, with_zeros.smallest_p, with_zeros.n) == (0.5, 0.5, 3)
+
+
+def test_drawn_signs_are_those_of_the_named_seed():
+    """Above 14 prompts, one by one: 9999 patterns of the generator whose seed the name gives, and the observed one."""
+    assert seed_of("a", 1) == int.from_bytes(hashlib.sha256(b"a\x1f1").digest()[:8], "little")
+    x = np.random.default_rng(2).normal(0.3, size=15)
+    flipped = np.random.default_rng(seed_of("flips", "study")).integers(0, 2, (9999, 15), dtype=np.int8)
+    means = np.array([np.where(signs == 1, -x, x).mean() for signs in flipped])
+    for alternative, reached in (("greater", means >= x.mean()), ("two-sided", abs(means) >= abs(x.mean()))):
+        result = sign_flip_test(x, range(15), alternative=alternative, name="study")
+        assert result.p == pytest.approx((1 + reached.sum()) / 10_000)
 
 
 def naive_max_t(effects: np.ndarray) -> np.ndarray:
@@ -396,6 +417,13 @@ def test_effects_of_exactly_zero_are_equivalent_to_none():
     assert equivalence_test([math.nan], ["a"], 0.1).n == 0
 
 
+@pytest.mark.parametrize(("n", "smallest"), [(13, 0.5**13), (14, 0.5**14), (15, 1 / 10_000)])
+def test_equivalence_knows_its_smallest_p(n, smallest):
+    result = equivalence_test(np.zeros(n), range(n), 0.1)
+    assert result.smallest_p == smallest
+    assert result.p == pytest.approx(smallest)
+
+
 # Controls.
 
 
@@ -508,6 +536,14 @@ def test_every_prompt_is_as_likely_on_either_side():
         (lambda: equivalence_test([1.0], ["a"], math.nan), "margin nan is not allowed"),
         (lambda: equivalence_test([1.0], ["a"], "small"), "margin 'small' is not allowed"),
         (lambda: difference_to_controls([1.0, 2.0], [0.0], ["a", "b"], name="x"), "controls of 1 sinks for effects of 2"),
+        (lambda: equivalence_test([1.0], ["a"], math.inf), "margin inf is not allowed"),
+        (lambda: difference_to_controls([1.0, 2.0], [0.0, 0.0], ["a"], name="x"), "1 prompts for 2 rows of values"),
+        (lambda: rank_among_controls(1.0, [0.0], alternative="both"), "alternative 'both' is unknown"),
+        (lambda: smallest_sign_flip_p(3, "both"), "alternative 'both' is unknown"),
+        (lambda: sign_flip_test([math.nan], ["a"], alternative="both"), "alternative 'both' is unknown"),
+        (lambda: max_t([[math.nan]], alternative="both"), "alternative 'both' is unknown"),
+        (lambda: trend_test([0, 1], [[1.0, 2.0]], alternative="both"), "alternative 'both' is unknown"),
+        (lambda: prompts_needed(1.5), "alpha 1.5 is out of range"),
         (lambda: difference_to_controls([[1.0]], [0.0], ["a"], name="x"), "effects have 2 dimensions"),
         (lambda: holm([0.5, 1.1]), r"a p-value lies outside \[0, 1\]"),
         (lambda: benjamini_hochberg([-0.1]), r"a p-value lies outside \[0, 1\]"),
