@@ -41,7 +41,7 @@ TESTS = {
     "scores": ("test_scores", "test_detection"),
     "detection": ("test_detection", "test_official"),
     "interventions": ("test_interventions",),
-    "runs": ("test_runs", "test_scores", "test_mass"),
+    "runs": ("test_runs", "test_scores"),
     "statistics": ("test_statistics",),
 }
 """Of each module the test files that must notice; slow tests are left out, as in `make test`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import eager
@@ -12,6 +13,7 @@ import torch
 from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subject
 
 import sink_circuits as sc
+from sink_circuits import planted
 from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
 from sink_circuits.holds import Hold
 from sink_circuits.losses import Unembedding, next_token_kl, next_token_loss
@@ -191,6 +193,7 @@ def test_the_users_cache_gives_the_same(backend, hooks):
     assert (clean.diagonal - direct.diagonal).abs().max() < 1e-5
     check_columns(clean.columns, by_hand(prompt()).pattern)
     (run,) = sc.run_edited(model, clean, [edits_of(EDITS["joint"])])
+    assert run.path == ("fast" if backend == "bridge" else "reference")
     check_columns(run.columns, by_hand(prompt(), EDITS["joint"]).pattern)
     assert torch.equal(run.columns.log_attention[:7], clean.columns.log_attention[:7])
 
@@ -199,6 +202,49 @@ def test_a_cache_without_batch_axis_serves():
     _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
     clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, clean_cache=cache.remove_batch_dim())
     check_columns(clean.columns, by_hand(prompt()).pattern)
+
+
+def test_a_cache_may_be_a_plain_dictionary():
+    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, clean_cache={name: cache[name] for name in cache})
+    check_columns(clean.columns, by_hand(prompt()).pattern)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_of_the_users_cache(side):
+    """Residuals and patterns of the row's own positions; only those of the text itself."""
+    short = prompt((20,), 70, "b")
+    where = slice(26, 96) if side == "left" else slice(0, 70)
+    tokens, mask = torch.full((2, 96), 5), torch.zeros(2, 96, dtype=torch.long)
+    tokens[0], mask[0] = prompt(), 1
+    tokens[1, where], mask[1, where] = short, 1
+    _, cache = lens().run_with_cache(tokens, attention_mask=mask, names_filter=sc.names_filter(lens()))
+    clean = sc.run_clean(lens(), short, chosen=(0, 20), clean_cache=cache, row=1, mask=mask[1])
+    expected = by_hand(short)
+    assert (torch.stack([clean.resid_post(i) for i in range(24)]) - expected.residuals).abs().max() < 1e-3
+    check_columns(clean.columns, expected.pattern)
+
+
+@pytest.mark.parametrize("letters", [("q", "k"), ("q",)])
+def test_plain_queries_and_keys_serve_where_positions_are_learned(letters):
+    """GPT-2 rotates nothing: what stands at hook_q and hook_k is what the scores are made from. One alone is not enough."""
+    plant = planted.random_plant("cache", variant="gpt2", n_secondary=1)
+    model, tokens = plant.bridge(), plant.prompt("x")
+    wanted, ends = sc.names_filter(model), tuple(f"attn.hook_{letter}" for letter in letters)
+    _, cache = model.run_with_cache(
+        tokens[None], names_filter=lambda name: (wanted(name) and "pattern" not in name) or name.endswith(ends)
+    )
+    if len(letters) == 1:
+        with pytest.raises(CacheError, match="hook_pattern"):
+            sc.run_clean(model, tokens, clean_cache=cache)
+        return
+    with torch.no_grad():
+        pattern = torch.stack(plant.hf_model(tokens[None], output_attentions=True).attentions)[:, 0].double()
+    clean = sc.run_clean(model, tokens, chosen=(0, 30), clean_cache=cache)
+    later = (pattern * torch.ones(80, 80).tril(-1)).sum(-2)
+    assert (clean.later - later).abs().max() < 1e-4 * later.max()
+    assert (clean.diagonal - pattern.diagonal(dim1=-2, dim2=-1)).abs().max() < 1e-4
+    assert (clean.columns.log_attention.exp() - pattern[..., [0, 30]]).abs().max() < 1e-4
 
 
 def test_only_block_0_is_run_again_where_a_cache_is_given():
@@ -314,6 +360,23 @@ def test_loss_is_hugging_faces_cross_entropy(backend):
     assert loss[-1].isnan()
     (run,) = sc.run_edited(lens(backend), clean, [[]], loss=True)
     assert run.loss[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_loss_before_the_first_edit_is_the_clean_runs():
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, loss=True)
+    given = dataclasses.replace(clean, loss=torch.full((96,), 7.0))
+    (run,) = sc.run_edited(lens(), given, [[sc.zero(6, SINK)]], loss=True)
+    assert (run.loss[:SINK] == 7).all()
+    (own,) = sc.run_edited(lens(), dataclasses.replace(clean, loss=None), [[sc.zero(6, SINK)]], loss=True)
+    assert (own.loss[:SINK] - clean.loss[:SINK]).abs().max() < 1e-5
+    assert torch.equal(run.loss[SINK:-1], own.loss[SINK:-1])
+
+
+def test_clean_runs_of_half_precision_models_sum_in_float32():
+    model = sc.load_model(eager.tiny("llama").bfloat16(), verbose=False)
+    clean = sc.run_clean(model, eager.random_tokens(30), chosen=(0, 5), path="reference")
+    for tensor in (clean.later, clean.diagonal, clean.columns.log_attention, clean.columns.log_rest):
+        assert tensor.dtype == torch.float32
 
 
 @torch.no_grad()
