@@ -298,7 +298,11 @@ def _primary_of(clean: CleanRun, primary: int | Sinks | pd.Series | None) -> int
             )
         primary = int(places["primary_pos"].iloc[0])
     elif isinstance(primary, pd.Series):
-        primary = int(primary["primary_pos"])
+        if "primary_pos" not in primary:
+            raise InputError(
+                f"a row with {arguments.shown(list(primary.index))} has no primary_pos: pass a row of a sink table."
+            )
+        primary = arguments.whole(primary["primary_pos"], "primary_pos")
     elif primary is None:
         norm = torch.stack([clean.resid_post(one).float().norm(dim=-1) for one in range(len(clean.base))])
         ratio = norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12)

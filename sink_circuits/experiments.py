@@ -243,13 +243,13 @@ def plan_of(edits_of: EditsOf, labels: Sequence, table: pd.DataFrame) -> list[li
 
 def as_parts(made) -> tuple[Edit | Hold, ...]:
     """What one run does, from one edit or several, with holds among them. Raises InputError for anything else."""
-    made = arguments.several((made,) if isinstance(made, Edit | Hold) else made, "what edits_of returns", empty=True)
-    for part in made:
+    parts = tuple(made) if isinstance(made, Iterable) and not isinstance(made, str) else (made,)
+    for part in parts:
         if not isinstance(part, Edit | Hold):
             raise InputError(
                 f"{shown(part)} is neither an Edit nor a Hold: give a list of them, [zero(6, row.pos)] for example."
             )
-    return tuple(made)
+    return parts
 
 
 def as_edits(made) -> tuple[Edit, ...]:

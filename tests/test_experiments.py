@@ -332,6 +332,7 @@ def test_what_is_held_clean_stands_beside_the_edits(path):
 )  # fmt: skip
 def test_runs_that_say_nothing_are_refused(labels, edits_of, said):
     sc.adapt(lens())
+    secondary_of_one()
     with no_forward_pass(), pytest.raises(InputError, match=said):
         sc.measure(lens(), TEXTS[0], secondary_of_one(), labels, edits_of, verbose=False)
 

@@ -235,7 +235,7 @@ def test_the_users_cache_serves():
     tokens, model = prompt(), lens()
     _, cache = model.run_with_cache(tokens[None], names_filter=sc.names_filter(model))
     secondary = planted_sinks(SINK).select("secondary")
-    options = {"layers": (6, 7), "others": planted_sinks(SINK), "verbose": False}
+    options = {"layers": (6, 7), "found": planted_sinks(SINK), "verbose": False}
     cached = mass_account(model, tokens, secondary, clean_cache=cache, **options)
     direct = mass_account(model, tokens, secondary, **options)
     np.testing.assert_allclose(cached.data["mass"], direct.data["mass"], atol=1e-5)
