@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOMS = (
-    "anatomy", "calibration", "figures", "planted", "claims", "controls", "detection", "experiments",
-    "interventions", "outcomes", "paths", "prompts", "records", "runs", "scores", "statistics", "studies", "sweeps",
+    "anatomy", "calibration", "figures", "planted", "report", "claims", "controls", "detection", "experiments", "generation",
+    "interventions", "outcomes", "paths", "prompts", "records", "reproduction", "runs", "scores", "statistics", "studies", "sweeps",
 )  # fmt: skip
 
 

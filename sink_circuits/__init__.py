@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sink_circuits.effects import Effect, interaction
     from sink_circuits.errors import SinkCircuitsError
     from sink_circuits.experiments import ablate, dose_response, layer_map, measure
+    from sink_circuits.generation import Decoding, generate
     from sink_circuits.holds import Hold
     from sink_circuits.interventions import (
         Edit,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sink_circuits.outcomes import Outcome, key_column, resid_post_at
     from sink_circuits.paths import PathEffect, measure_paths, path_effects
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
+    from sink_circuits.reproduction import Plan, reproduce
     from sink_circuits.runs import names_filter, run_clean, run_edited
     from sink_circuits.scores import SinkScores, sink_scores
     from sink_circuits.studies import Study, read_study
@@ -55,6 +57,7 @@ _ROOMS = {
     "directions": ("norm_and_direction",),
     "effects": ("Effect", "interaction"),
     "experiments": ("ablate", "dose_response", "layer_map", "measure"),
+    "generation": ("Decoding", "generate"),
     "holds": ("Hold",),
     "invariants": ("check_invariants",),
     "mass": ("MassAccount", "mass_account", "measure_mass"),
@@ -84,6 +87,7 @@ _ROOMS = {
     ),
     "models": ("adapt", "load_model"),
     "prompts": ("Prompt", "PromptSet", "Tokens", "load_prompts"),
+    "reproduction": ("Plan", "reproduce"),
     "runs": ("names_filter", "run_clean", "run_edited"),
     "scores": ("SinkScores", "sink_scores"),
     "studies": ("Study", "read_study"),

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sink_circuits import arguments
 from sink_circuits.controls import match_positions
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.effects import Effect
@@ -63,6 +64,8 @@ def norm_and_direction(
         raise InputError(
             "norm and direction are measured on texts of their own length: leave out attention_mask and clean_cache."
         )
+    if found is not None:
+        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     joint = None if layers is None else _several(layers)
     tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, joint, forming, options)
     path = options.get("path", "auto")

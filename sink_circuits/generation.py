@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sink_circuits import arguments
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Prompt, PromptSet
@@ -44,12 +45,17 @@ class Decoding:
     chat: bool = False
 
     def __post_init__(self):
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens = {self.max_new_tokens!r}: a whole number, at least 1.")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature = {self.temperature}: at least 0 (greedy), and finite.")
-        if not 0 < self.top_p <= 1:
+        checked = {
+            "max_new_tokens": arguments.whole(self.max_new_tokens, "max_new_tokens", low=1),
+            "temperature": arguments.number(self.temperature, "temperature", 0),
+            "top_p": arguments.number(self.top_p, "top_p", 0, 1),
+            "seed": arguments.instance(self.seed, "seed", str, "give a name"),
+            "chat": arguments.flag(self.chat, "chat"),
+        }
+        if not checked["top_p"] > 0:
             raise InputError(f"top_p = {self.top_p}: above 0, at most 1.")
+        for name, value in checked.items():  # plain numbers, which a manifest can hold
+            object.__setattr__(self, name, value)
 
 
 def generate(
@@ -65,7 +71,15 @@ def generate(
     Raises InputError for prompts that hold an output already, that leave no room for an answer in the model's context, or
     for a model that Hugging Face cannot run; ResultError when `path` holds something else (unless `overwrite`).
     """
-    decoding = decoding or Decoding()
+    decoding = (
+        Decoding()
+        if decoding is None
+        else arguments.instance(decoding, "decoding", Decoding, "make it with Decoding()")
+    )
+    arguments.instance(prompts, "prompts", PromptSet, "make them with load_prompts() or PromptSet((Prompt(...), ...))")
+    path = None if path is None else arguments.path(path)
+    arguments.flag(overwrite, "overwrite")
+    arguments.flag(verbose, "verbose")
     if answered := [prompt.id for prompt in prompts if prompt.output]:
         raise InputError(f"prompt {answered[0]!r} has an output already: generate from prompts without one.")
     adapter = adapt(model)

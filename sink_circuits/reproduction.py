@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sink_circuits import study_page
+from sink_circuits import arguments, study_page
+from sink_circuits.arguments import shown
 from sink_circuits.detection import (
     COLUMNS,
     Sinks,
@@ -71,11 +72,27 @@ class Plan:
     thresholds: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
+        arguments.instance(
+            self.prompts, "prompts", PromptSet, "make them with load_prompts() or PromptSet((Prompt(...), ...))"
+        )
+        arguments.instance(self.thresholds, "thresholds", Mapping, "give values by name, as {'cosine': 0.95}")
+        if unknown := [name for name in self.thresholds if not isinstance(name, str)]:
+            raise InputError(f"threshold {shown(unknown[0])} is unknown: name thresholds by strings.")
+        arguments.one_of(self.method, "method", ("robust", "official"))
         thresholds_of(self.method, **self.thresholds)
-        if unknown := set(self.kinds) - set(SECONDARIES):
-            raise InputError(f"kind {sorted(unknown)[0]!r} is unknown here: use {' or '.join(SECONDARIES)}.")
-        if not self.kinds or not len(self.prompts):
+        kinds = arguments.several(self.kinds, "kinds", empty=True)
+        for kind in kinds:
+            arguments.one_of(kind, "kind", SECONDARIES, "here use {}")
+        if len(set(kinds)) < len(kinds):
+            raise InputError(f"kinds {shown(kinds)}: name each once.")
+        if not kinds or not len(self.prompts):
             raise InputError("a study needs at least one kind of sink and one prompt.")
+        object.__setattr__(self, "kinds", kinds)
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", arguments.whole(self.max_tokens, "max_tokens", low=1))
+        arguments.flag(self.chat, "chat")
+        if self.decoding is not None:
+            arguments.instance(self.decoding, "decoding", Decoding, "make it with Decoding()")
         if self.decoding is not None and self.decoding.chat != self.chat:
             raise InputError(
                 "answers are generated and looked at in the same form: give decoding the chat of the plan."
@@ -93,7 +110,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Study:
+class Reproduction:
     """What `reproduce` left: the folder, its page, and a line for each figure."""
 
     folder: Path
@@ -112,7 +129,7 @@ def reproduce(
     models: Sequence, plan: Plan | None, folder: str | Path, *, records: Mapping[str, Sequence[Record]] | None = None,
     figures: Sequence[str] = FIGURE_NAMES, formats: Sequence[str] = FORMATS, command: str = "", overwrite: bool = False,
     verbose: bool = True,
-) -> Study:  # fmt: skip
+) -> Reproduction:  # fmt: skip
     """All figures and tables of the study for these models, one after the other, in `folder` with an index page.
 
     `models`: whatever `load_model` takes. `records`: records of the published code, which figure 2 shows beside them, by
@@ -126,17 +143,35 @@ def reproduce(
     folder that holds something else or was made by another plan (unless `overwrite`); and what `load_model` raises where
     there is one model only.
     """
-    folder = Path(folder)
+    folder = arguments.path(folder, "folder")
+    models = [models] if isinstance(models, str | Path) else arguments.several(models, "models", empty=True)
     names = [name_of(model) for model in models]
+    if plan is not None:
+        arguments.instance(plan, "plan", Plan, "make it with Plan(prompts)")
+    if records is not None:
+        arguments.instance(
+            records, "records", Mapping, "give lists of records by name, as {'published': read_records(path)}"
+        )
+        for name, own in records.items():
+            arguments.text(name, "a name of records")
+            for one in arguments.several(own, f"the records named {shown(name)}", empty=True):
+                arguments.instance(one, "a record", Record, "read them with records.read_records(path)")
+    arguments.flag(overwrite, "overwrite")
+    arguments.flag(verbose, "verbose")
+    arguments.instance(command, "command", str, "give it as it was typed")
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two models are named {twice[0]!r}: their figures would share a folder.")
     if clash := set(names) & set(records or {}):
         raise InputError(f"records and a model are both named {sorted(clash)[0]!r}: give the records another name.")
     if (plan is None) if names else not records:
         raise InputError("nothing to reproduce: give models and a plan with prompts, or records of the published code.")
+    formats, figures = (
+        arguments.several(formats, "formats", empty=True),
+        arguments.several(figures, "figures", empty=True),
+    )
     for what, given, known in (("format", formats, ("html", "svg", "pdf", "png")), ("figure", figures, FIGURE_NAMES)):
-        if unknown := set(given) - set(known):
-            raise InputError(f"{what} {sorted(unknown)[0]!r} is unknown: use {', '.join(known)}.")
+        for one in given:
+            arguments.one_of(one, what, known, "use {}")
     wanted = [figure for figure in FIGURES if figure.name in figures]
     _check_folder(folder, plan, overwrite)
     for name, own in (records or {}).items():
@@ -159,7 +194,7 @@ def reproduce(
         if folder.is_dir():
             page = study_page.render(folder, states, figures, command)
             write_whole(folder / "index.html", lambda temporary: temporary.write_text(page, "utf-8"), overwrite=True)
-    return Study(folder, states)
+    return Reproduction(folder, states)
 
 
 def name_of(model) -> str:

@@ -169,7 +169,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens = 0: a whole number, at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: at least 1"),
         ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0"),
         ({"temperature": -1}, "temperature = -1"),
         ({"temperature": float("nan")}, "temperature = nan"),

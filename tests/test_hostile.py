@@ -240,6 +240,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
     "dose_response": (lambda: (sc.dose_response, at(layer=6, factors=[0])), {
         **TREATED, "factors": several(number(0), one=True), "intervention": one_by_name("rescale"),
     }),
+    "norm_and_direction": (lambda: (sc.norm_and_direction, at(layer=6)), {**EXPERIMENT, **TREATED, "layers": NONE, "found": NONE}),
     "mass_account": (lambda: (sc.mass_account, at(layer=6)), {
         **MEASURED, **TREATED, "others": NONE, "intervention": one_by_name("zero"), "no_such": nothing,
     }),
@@ -320,6 +321,21 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         name: lambda value: isinstance(value, str) for name in ("id", "kind", "text")
     }),
     "read_study": (lambda: (sc.read_study, {}), FILE),
+    "Decoding": (lambda: (sc.Decoding, {}), {
+        "max_new_tokens": whole(1), "temperature": number(0), "top_p": number(1e-9, 1), "chat": flag,
+        "seed": lambda value: isinstance(value, str),
+    }),
+    "generate": (lambda: (sc.generate, {"model": lens(), "prompts": sc.load_prompts("all", 1)}), {  # which has no tokenizer
+        "model": nothing, "prompts": nothing, "path": nothing, "decoding": nothing, "overwrite": nothing, "verbose": nothing,
+    }),
+    "Plan": (lambda: (sc.Plan, {"prompts": sc.load_prompts("all", 1)}), {
+        "prompts": nothing, "method": word("robust", "official"), "kinds": several(word("secondary", "primary-like")),
+        "max_tokens": optional(QUERIES), "chat": flag, "decoding": NONE, "thresholds": lambda value: isinstance(value, dict) and not value,
+    }),
+    "reproduce": (lambda: (sc.reproduce, {"models": [lens()], "plan": sc.Plan(sc.load_prompts("all", 1)), "folder": "/proc/none/x"}), {
+        "models": nothing, "plan": nothing, "folder": nothing, "records": nothing, "figures": nothing, "formats": nothing,
+        "command": nothing, "overwrite": nothing, "verbose": nothing,
+    }),
     "load_sweep": (lambda: (sc.load_sweep, {}), {"folder": nothing}),
     "sweep": (lambda: (sc.sweep, {"study": sc.Study(models=["no-such-model"]), "folder": "/proc/none/x"}), {
         "study": nothing, "folder": TARGET["path"], "executor": NONE,
@@ -342,6 +358,14 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         "confidence": nothing,
     }),
 }  # fmt: skip
+
+
+def test_the_table_lists_every_public_name():
+    results = {
+        "Agreement", "Attribution", "Claims", "Controlled", "Effect", "MassAccount", "Outcome", "PathEffect", "PromptSet",
+        "SinkCircuitsError", "SinkScores", "Sinks", "Study", "SweepResult", "Tokens", "WorkerPool", "denoising",
+    }  # fmt: skip
+    assert {name.partition(".")[0].partition(",")[0] for name in TABLE} | results >= set(sc.__all__)
 
 
 DOORS = [(name, parameter) for name, (_, takes) in TABLE.items() for parameter in takes]

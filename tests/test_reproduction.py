@@ -283,7 +283,7 @@ def test_studies_of_nothing_are_refused(tmp_path, models, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kinds": ("noise",)}, "kind 'noise' is unknown here"),
+        ({"kinds": ("noise",)}, "kind 'noise' is unknown: here use secondary, primary-like"),
         ({"kinds": ()}, "at least one kind of sink"),
         ({"method": "best"}, "method 'best'"),
         ({"thresholds": {"cosinus": 1}}, "threshold 'cosinus' is unknown"),
