@@ -1,6 +1,7 @@
 # make demo | test | test-all | lint | format | coverage | notebooks | docs | benchmark | profile | mutation | clean
 # The environments are made by the first target that needs them and kept: .venv (TransformerLens 3.9, the pinned one)
-# and .venv-tl43 (TransformerLens 4.3). ARGS="-k name" goes to pytest or to the demo, PYTHON names the interpreter.
+# and .venv-tl43 (TransformerLens 4.3). ARGS="-k name" goes to pytest or to the demo, PYTHON names the interpreter,
+# JOBS is the number of processes that tests run in.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,7 +15,8 @@ ARGS ?=
 VENV := .venv
 VENV43 := .venv-tl43
 BIN := $(VENV)/bin
-PYTEST := python -m pytest -q
+JOBS ?= 2
+PYTEST := python -m pytest -q -n $(JOBS) --dist worksteal
 INSTALL := @bash constraints/install.sh
 INPUTS := constraints/install.sh pyproject.toml
 DEV := constraints/dev.txt

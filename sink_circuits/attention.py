@@ -322,10 +322,12 @@ def _flash(
         if not hidden[a:b].all()
     ]
     out = parts[0][0] if parts else torch.zeros_like(query)
-    log_attention, log_rest = torch.empty(2, n_flat, group, n_query, len(keys))
+    # Queries last: every step below then runs along them, whatever the number of keys that a block can see.
+    log_attention, log_rest = torch.empty(2, n_flat, group, len(keys), n_query)
+    kept = AttentionSums(None, None, log_attention.mT, log_rest.mT)
     if len(parts) == 1 and form.sinks is None and not keys:
-        return out, AttentionSums(None, None, log_attention, log_rest)
-    chosen_key, chosen_value = (key[:, None, columns] * form.scaling).mT, value[:, None, columns]
+        return out, kept
+    chosen_key, chosen_value = key[:, None, columns] * form.scaling, value[:, None, columns]
 
     def join(here: slice) -> None:
         """Chosen keys, earlier keys and learned sinks take their share of one block's output, in place."""
@@ -336,15 +338,15 @@ def _flash(
         seen = bisect_left(keys, offset + here.stop)
         joined: Tensor | None = None
         if seen:
-            scores = query[:, :, here] @ chosen_key[..., :seen]
+            scores = chosen_key[:, :, :seen] @ query[:, :, here].mT
             late = bisect_left(keys, offset + here.start)  # the keys from here on are not seen by every query
             positions = torch.arange(offset + here.start, offset + here.stop)
-            scores[..., late:].masked_fill_(positions[:, None] < columns[late:seen], -torch.inf)
+            scores[:, :, late:].masked_fill_(positions < columns[late:seen, None], -torch.inf)
             weights, rest, log_total = join_chosen(scores, log_total)
-            torch.sub(scores, log_total[..., None], out=log_attention[:, :, here, :seen])
-            torch.log(rest, out=log_rest[:, :, here, :seen])
-            joined = weights @ chosen_value[:, :, :seen]
-        log_attention[:, :, here, seen:], log_rest[:, :, here, seen:] = -torch.inf, 0
+            torch.sub(scores, log_total[:, :, None], out=log_attention[:, :, :seen, here])
+            torch.log(rest, out=log_rest[:, :, :seen, here])
+            joined = weights.mT @ chosen_value[:, :, :seen]
+        log_attention[:, :, seen:, here], log_rest[:, :, seen:, here] = -torch.inf, 0
         own = out[:, :, here]
         if parts:
             own *= (log_parts[0] - log_total).exp_()[..., None]
@@ -353,10 +355,10 @@ def _flash(
         if joined is not None:
             own += joined
 
-    rows = max(BLOCK_ROWS, JOINED_FLOATS // (n_flat * group * max(d_head, len(keys))))
+    rows = max(1, JOINED_FLOATS // (n_flat * group * max(d_head, len(keys)) * BLOCK_ROWS)) * BLOCK_ROWS
     blocks = [slice(start, min(start + rows, n_query)) for start in range(0, n_query, rows)]
     each(join, blocks, threads_for(len(blocks), out.numel() + log_rest.numel(), query.device))
-    return out, AttentionSums(None, None, log_attention, log_rest)
+    return out, kept
 
 
 def flash_of(query, key, value, scaling: float, hidden: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -377,14 +379,15 @@ def flash_of(query, key, value, scaling: float, hidden: Tensor, causal: bool) ->
 
 
 def join_chosen(
-    scores: Float[Tensor, "flat group query chosen"], log_others: Float[Tensor, "flat group query"]
+    scores: Float[Tensor, "flat group chosen query"], log_others: Float[Tensor, "flat group query"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the chosen keys and the sum of all others: (weights, what is left beside each, log of the total)."""
-    peak = torch.maximum(scores.amax(dim=-1), log_others)[..., None]
-    weights = (scores - peak).exp_()
-    others = (log_others[..., None] - peak).exp_()
-    total = weights.sum(dim=-1, keepdim=True) + others
-    weights /= total
-    smaller = torch.addcmul(weights, weights, most_of(weights), value=-1)
-    beside_most = smaller.sum(dim=-1, keepdim=True) + others / total
-    return weights, rest_of(weights, beside_most), (peak + total.log_())[..., 0]
+    peak = torch.maximum(scores.amax(dim=-2), log_others)
+    weights = (scores - peak[:, :, None]).exp_()
+    others = (log_others - peak).exp_()
+    total = weights.sum(dim=-2) + others
+    weights /= total[:, :, None]
+    most = most_of(weights)
+    beside_most = torch.addcmul(weights, weights, most, value=-1).sum(dim=-2).add_(others.div_(total))
+    rest = torch.lerp(1 - weights, beside_most[:, :, None], most)
+    return weights, rest, peak + total.log_()

@@ -4,6 +4,11 @@ import os
 import random
 from importlib.metadata import version
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # processes with as many threads as there are cores wait for each other's threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import settings
 
 # Tests build their models. A test that asks a hub by mistake then fails at once, instead of waiting for a network.
