@@ -400,7 +400,7 @@ def key_query_geometry_figure(result) -> go.Figure:
         figure.update_yaxes(title_text="the sink's key", row=row, col=1)
     text = (
         f"{whose(result)}; the {result.data.sizes['rank']} heads that attend most to each. Means over the queries that see the sink. "
-        "Open marks: before rotary; dotted: equal."
+        "Open marks: before rotary; dotted: equal." + "".join(f" Missing: {one}." for one in result.missing())
     )
     return _finished(figure, "Keys and queries of the heads that attend to a sink", text, height=860, bottom=60)
 

@@ -10,7 +10,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from sink_circuits.anatomy.reading import activations, manifest_of, prepare, queries_or_keys, texts
+from sink_circuits.anatomy.attended import attended
+from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError
@@ -27,14 +28,26 @@ class KeyQueryGeometry(Anatomy):
     [sink, rank]: `layer`, `head` (-1: fewer heads have a defined score), `score`, the head's sink score. [sink, rank,
     when], `when` "before rotary" and "after rotary": `cosine`, of the later queries with the sink's key; `cosine_ordinary`,
     of the same queries with the ordinary keys that they see; `key_norm`, `key_norm_ordinary`, `query_norm`; `logit`,
-    `logit_ordinary`: query . key times attention's scale, before any soft-cap. All means over queries that can see the
-    sink. Where there is no rotary position both `when` are the same; NaN: the model's hooks do not show it.
+    `logit_ordinary`: query . key times attention's scale, before any soft-cap and without ALiBi's bias. All means over queries
+    that can see the sink. Where there is no rotary position both `when` are the same; NaN: it cannot be seen in this
+    model (`missing`).
     """
 
     kind: ClassVar[str] = "key_query_geometry"
     long: ClassVar[tuple[str, ...]] = (
         "cosine", "cosine_ordinary", "key_norm", "key_norm_ordinary", "query_norm", "logit", "logit_ordinary",
     )  # fmt: skip
+
+    def missing(self) -> list[str]:
+        """What does not exist in this model, or cannot be seen from outside, a sentence each."""
+        there = self.data["logit"].where(self.data["layer"] >= 0).notnull().any(["sink", "rank"])
+        said = {
+            "before rotary": "queries and keys before rotary position cannot be seen: no hook stands behind their norm",
+            "after rotary": "queries and keys after rotary position cannot be seen: no hook shows them, and there is no plain Hugging "
+            "Face model to ask (processed weights, or a HookedTransformer)",
+        }
+        named = bool((self.data["layer"] >= 0).any())
+        return [said[when] for when in WHEN if named and not bool(there.sel(when=when))]
 
     def to_dataframe(self):
         frame = super().to_dataframe()
@@ -63,21 +76,23 @@ def key_query_geometry(
         layers = sorted({layer for own in readers.values() for layer, _ in own})
         if not layers:
             continue
-        vectors = _queries_keys(model, text.ids, layers)
+        vectors = attended(model, text.ids, layers)
         for row, own in readers.items():
             for rank, (layer, head) in enumerate(own):
                 pos = int(table["pos"].iloc[row])
                 named["layer"][row, rank], named["head"][row, rank] = layer, head
                 named["score"][row, rank] = float(scores[layer, head, pos])
-                for when, (query, key) in enumerate(vectors[layer]):
-                    if query is None:
+                for when, pair in enumerate((vectors[layer].before, vectors[layer].after)):
+                    if pair is None:
                         continue
+                    query, key = pair
                     found = _geometry(
                         query[:, head],
                         key[:, head * key.shape[1] // query.shape[1]],
                         pos,
                         text.ordinary,
-                        adapter.forms[layer],
+                        adapter.forms[layer].window,
+                        vectors[layer].scaling,
                     )
                     for name, value in found.items():
                         cells[name][row, rank, when] = value
@@ -102,43 +117,20 @@ def _readers(scores, row, n_heads: int) -> list[tuple[int, int]]:
     return [(first + i // own.shape[1], i % own.shape[1]) for i in order if own.flatten()[i].isfinite()]
 
 
-def _queries_keys(model, ids, layers) -> dict[int, list[tuple[Tensor | None, Tensor | None]]]:
-    """By layer [(query, key) before rotary, after rotary], each [pos, head, d_head], or None where no hook shows them."""
-    adapter = adapt(model)
-
-    def names(kind: str) -> list[str]:
-        return [f"blocks.{layer}.attn.{kind}" for layer in layers]
-
-    kinds = ("hook_q_normed", "hook_k_normed", "hook_rot_q", "hook_rot_k")
-    kept = activations(
-        model, ids, [*names("hook_q"), *names("hook_k")], optional=[name for kind in kinds for name in names(kind)]
-    )
-    rotates = "rotary" in str(getattr(adapter.cfg, "positional_embedding_type", ""))
-    found = {}
-    for layer in layers:
-        at, attn = f"blocks.{layer}.attn.", model.blocks[layer].attn
-        # A norm on queries and keys follows hook_q; where no hook shows what is behind it, this is not known.
-        hidden = isinstance(getattr(attn, "q_norm", None), torch.nn.Module) and f"{at}hook_q_normed" not in kept
-        before = [None if hidden else queries_or_keys(kept, layer, x) for x in "qk"]
-        after = [kept.get(f"{at}hook_rot_{x}") for x in "qk"] if rotates else before
-        found[layer] = [
-            (None, None) if pair[0] is None or pair[1] is None else (pair[0], pair[1]) for pair in (before, after)
-        ]
-    return found
-
-
-def _geometry(query: Tensor, key: Tensor, pos: int, ordinary: Tensor, form) -> dict[str, float]:
+def _geometry(
+    query: Tensor, key: Tensor, pos: int, ordinary: Tensor, window: int | None, scaling: float
+) -> dict[str, float]:
     """Means over the later queries that can see the sink; each query's mean over the ordinary keys that it sees."""
-    stop = len(query) if form.window is None else min(len(query), pos + form.window)
+    stop = len(query) if window is None else min(len(query), pos + window)
     queries = query[pos + 1 : stop].float()
     keys = key.float()
     at = torch.arange(pos + 1, stop)[:, None]
     position = torch.arange(len(keys))[None]
     visible = (position < at) & ordinary[None]
-    if form.window is not None:
-        visible &= at - position < form.window
+    if window is not None:
+        visible &= at - position < window
     visible = visible.to(keys.device)
-    logits = queries @ keys.T * form.scaling
+    logits = queries @ keys.T * scaling
     size = queries.norm(dim=-1)[:, None] * keys.norm(dim=-1)[None]
     cosines = queries @ keys.T / size.clamp(min=1e-12)
     counted = visible.any(dim=1)
