@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from sink_circuits.figures.attention_view import bound_of
 from sink_circuits.figures.look import (
     BLUE,
     GREEN,
@@ -203,7 +204,12 @@ def levels_figure(result) -> go.Figure:
     """Figure 2 of the study: creation layer by lifetime, colour log(1 + count), counts written in; one panel per model."""
     models, counts = [str(m) for m in result.data["model"].values], result.data["count"].to_numpy()
     starts, lives = (result.data[name].to_numpy() for name in ("l_start", "lifetime"))
-    figure = _stacked([safe(m) for m in models])
+    sizes = zip(counts.sum(axis=(1, 2)).tolist(), result.data["n_prompts"].values.tolist(), strict=True)
+    titles = [
+        f"{safe(m)}: {n} sink{'s' * (n != 1)} in {of} prompt{'s' * (of != 1)}"
+        for m, (n, of) in zip(models, sizes, strict=True)
+    ]
+    figure = _stacked(titles)
     ticks = [c for c in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000) if c <= counts.max()]
     written = "%{text}" if max(len(starts), len(lives)) <= 40 else ""
     for row, own in enumerate(counts, 1):
@@ -223,8 +229,8 @@ def levels_figure(result) -> go.Figure:
     )
     figure.update_xaxes(title_text="creation layer l_start", row=len(models), col=1)
     text = (
-        f"{int(counts.sum())} {', '.join(result.manifest.settings.get('kinds', []))} sinks in {result.manifest.n_prompts} prompts: "
-        "how many begin in which layer and live how long. Colour: log(1 + count)."
+        f"How many sinks begin in which layer and live how long (kinds: {', '.join(result.manifest.settings.get('kinds', []))}). "
+        "Colour: log(1 + count)."
     )
     return _finished(figure, "Sink levels", text, height=150 + 300 * len(models), bottom=56).update_layout(margin_r=70)
 
@@ -405,10 +411,43 @@ def key_query_geometry_figure(result) -> go.Figure:
     return _finished(figure, "Keys and queries of the heads that attend to a sink", text, height=860, bottom=60)
 
 
+def attention_patterns_figure(result, n_shown: int = 2) -> go.Figure:
+    """Patterns of the heads that attend most to the first text's sinks, between the positions of its window."""
+    window = result.of()
+    heads = window.heads[:n_shown]
+    figure = _stacked([f"layer {layer}, head {head} (sink score {score:.2g})" for layer, head, score in heads], 0.26)
+    labels = [safe(f"{row.pos} {visible(str(row.token))}") for row in window.tokens.itertuples()]
+    bound = bound_of(window)
+    ticks = [c for c in (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1) if c <= bound]
+    for row, (values, _) in enumerate(zip(window.attention, heads, strict=False), 1):
+        seen = np.where(np.tril(np.ones_like(values, dtype=bool)), np.round(values.astype(float), 4), np.nan)
+        heat = go.Heatmap(
+            x=labels, y=labels, z=nones(np.sqrt(np.minimum(seen, bound)).round(3)), customdata=nones(seen), zmin=0,
+            zmax=float(np.sqrt(bound)), colorscale=COUNTS, showscale=row == 1,
+            hovertemplate="query %{y}<br>key %{x}<br>weight %{customdata:.3g}<extra></extra>",
+            colorbar={**_scale_bar("weight"), "tickvals": np.sqrt(ticks).tolist(), "ticktext": [f"{c:g}" for c in ticks]},
+        )  # fmt: skip
+        _add(figure, row, heat)
+    named = [label for label, kind in zip(labels, window.tokens["kind"], strict=True) if kind]
+    shared = {"type": "category", "tickmode": "array", "tickvals": named, "showgrid": False}
+    figure.update_xaxes(
+        **shared, showticklabels=True, tickangle=-60 if len(named) > 3 else 0, title_text="key (named: sinks)"
+    )
+    figure.update_yaxes(**shared, autorange="reversed", title_text="query", tickfont_size=10, automargin=True)
+    n = len(window.tokens)
+    text = (
+        f"{model_of(result)}, {window.tokens['prompt'].iloc[0]}: weights between {n} positions around its sinks, and some of the "
+        f"rest. Full colour: {bound:.2g}, the largest on a key that is no primary sink; colour by the square root."
+    )
+    title = "Attention patterns around the sinks"
+    return _finished(figure, title, text, height=120 + 360 * len(heads), bottom=90).update_layout(margin_r=70)
+
+
 FIGURES = {
     "mlp_stages": mlp_stages_figure, "writers": writers_figure, "neurons": neurons_figure, "norms_by_layer": norms_by_layer_figure,
     "levels": levels_figure, "score_by_lifetime": score_by_lifetime_figure, "pca": pca_figure, "clustering": clustering_figure,
     "matrix_entropy": matrix_entropy_figure, "key_query_geometry": key_query_geometry_figure,
+    "attention_patterns": attention_patterns_figure,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The anatomy that the circuit diagram needs, of one sink: stages of its MLP, writers and erasers, neurons, heads that read it."""
+"""The anatomy of one sink that a report shows: stages of its MLP, writers and erasers, neurons, heads that read it, their patterns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def anatomy_of_one(
         layer = {"layer": layers_of(model, text, one, "forming", None, verbose)[0]}
     parts: tuple[tuple[str, Callable[..., Anatomy], dict], ...] = (
         ("mlp_stages", anatomy.mlp_stages, layer), ("writers", anatomy.writers, {}), ("neurons", anatomy.neurons, layer),
-        ("key_query_geometry", anatomy.key_query_geometry, {}),
+        ("key_query_geometry", anatomy.key_query_geometry, {}), ("attention_patterns", anatomy.attention_patterns, {}),
     )  # fmt: skip
     results: list[Anatomy] = []
     missing: list[str] = []

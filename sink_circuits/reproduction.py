@@ -30,6 +30,7 @@ from sink_circuits.detection import (
     thresholds_of,
 )
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
+from sink_circuits.figures import LIBRARY, save_library
 from sink_circuits.generation import Decoding, generate
 from sink_circuits.models import adapt, load_model
 from sink_circuits.prompts import PromptSet, Tokens, token_texts
@@ -178,6 +179,8 @@ def reproduce(
         write_records(folder / "records" / f"{_safe_name(name)}.jsonl", own, overwrite=True)
     failed: list[Made] = []
     try:
+        if "html" in formats and not (folder / LIBRARY).is_file():
+            save_library(folder / LIBRARY)
         for name, model in zip(names, models, strict=True):
             try:
                 failed += _one_model(model, name, plan, folder, wanted, formats, overwrite, verbose)

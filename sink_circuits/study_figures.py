@@ -100,7 +100,7 @@ def tables_of(result: anatomy.Anatomy) -> dict[str, pd.DataFrame]:
     more: dict[str, pd.DataFrame] = {}
     if isinstance(result, anatomy.Clustering):
         embedding = result.data["embedding"].to_dataframe().reset_index()
-        more = {"_embedding": embedding.join(result.table, on="token", rsuffix="_text")}
+        more = {"_embedding": embedding.join(result.table.rename(columns={"token": "token_text"}), on="token")}
     elif isinstance(result, anatomy.Pca):
         more = {"_coordinates": result.coordinates()}
     elif isinstance(result, anatomy.ScoreByLifetime):

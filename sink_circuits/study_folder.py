@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from sink_circuits.errors import ResultError, SinkCircuitsError
-from sink_circuits.figures import save_figure
+from sink_circuits.figures import LIBRARY, save_figure
 from sink_circuits.results import check_target, write_whole
 from sink_circuits.study_figures import FIGURES, LEVELS, StudyFigure, tables_of
 
@@ -36,7 +36,7 @@ def read_plan(folder: Path) -> dict | None:
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{folder / 'plan.json'} cannot be read ({error}): choose another folder.") from error
     return plan if isinstance(plan, dict) else None
 
@@ -44,7 +44,11 @@ def read_plan(folder: Path) -> dict | None:
 def make_figure(
     figure: StudyFigure, subject, name: str, folder: Path, formats: Sequence[str] = FORMATS, **note
 ) -> Made:
-    """One figure's files, or the note that says why there are none; the note is written last and makes it complete."""
+    """One figure's files, or the note that says why there are none; the note is written last and makes it complete.
+
+    `folder`: the study's own for a figure of all models (`name` is then ""), else the model's. Pages share plotly.js, which lies in
+    the study's folder.
+    """
     started = time.monotonic()
     _note_path(folder, figure.name).unlink(missing_ok=True)
     try:
@@ -68,7 +72,7 @@ def make_figure(
         path = folder / f"{figure.name}.{kind}"
         check_target(path, overwrite=True)
         try:
-            save_figure(drawn, path, overwrite=True)
+            save_figure(drawn, path, library=f"../{LIBRARY}" if name else LIBRARY, overwrite=True)
             files.append(path.name)
         except ResultError as error:  # no kaleido or no browser: the tables and the page are still there
             unwritten[kind] = str(error)
@@ -92,7 +96,7 @@ def read_note(folder: Path, name: str) -> dict | None:
     try:
         note = json.loads(_note_path(folder, name).read_text("utf-8"))
         return note if {"state", "reason", "seconds", "files", "unwritten"} <= set(note) else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

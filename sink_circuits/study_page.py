@@ -65,7 +65,7 @@ def _figure(folder: Path, model: str, figure: StudyFigure, by_place: dict) -> di
     return {
         "title": figure.title, "caption": figure.caption, "made": by_place.get((model, figure.name)),
         "links": [(*_described(Path(file), figure.name), at + quote(file)) for file in files],
-        "image": next((at + quote(file) for file in files if file.endswith(".svg")), None),
+        "image": next((at + quote(file) for kind in (".svg", ".png") for file in files if file.endswith(kind)), None),
         "page": next((at + quote(file) for file in files if file.endswith(".html")), None),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -59,10 +60,17 @@ def measured() -> SimpleNamespace:
         writers=anatomy.writers(model, tokens, found, **QUIET),
         neurons=anatomy.neurons(model, tokens, sinks, layer=6, **QUIET),
         key_query_geometry=anatomy.key_query_geometry(model, tokens, sinks, **QUIET),
+        attention_patterns=with_tokens(anatomy.attention_patterns(model, tokens, sinks, **QUIET)),
         mlp_stages=anatomy.mlp_stages(model, tokens, sinks, layer=6, **QUIET),
         token_scores=TokenScores(scored.data, shown, scored.manifest),
         claims=judged(sinks),
     )
+
+
+def with_tokens(result):
+    """The same with hostile text in its table's tokens."""
+    table = result.table.assign(token=[TOKENS[pos % len(TOKENS)] for pos in result.table["pos"]])
+    return dataclasses.replace(result, table=table)
 
 
 def judged(sinks: Sinks) -> Claims:

@@ -1,7 +1,9 @@
 """The anatomy says what was planted, and what a forward pass written by hand or by plain Hugging Face says."""
 
 import functools
+import json
 import math
+import re
 import sys
 from itertools import combinations, product
 
@@ -17,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import anatomy
-from sink_circuits.anatomy import attended, carriers, direct_writes, geometry, mlp, profiles, reading, spectra
+from sink_circuits import anatomy, figures
+from sink_circuits.anatomy import attended, carriers, direct_writes, geometry, mlp, patterns, profiles, reading, spectra
 from sink_circuits.detection import COLUMNS, Sinks
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.models import adapt
@@ -462,7 +464,10 @@ def test_levels_count_sinks_and_records(tmp_path):
         int(result.data["count"].sel(model="published", l_start=3, lifetime=3)) == 3
         and int(result.data["count"].sum()) == 4
     )
+    assert result.data["n_prompts"].values.tolist() == [1, 2]
     figure = result.plot()
+    titles = [one.text for one in figure.layout.annotations]
+    assert titles == ["planted: 1 sink in 1 prompt", "published: 3 sinks in 2 prompts"], "counted over both models"
     np.testing.assert_allclose(
         np.array(figure.data[1].z), np.log1p(result.data["count"].sel(model="published").to_numpy().T)
     )
@@ -741,6 +746,80 @@ def test_what_cannot_be_seen_is_said():
     assert sentence in " ".join(result.plot().layout.title.text.replace("<br>", " ").split())
 
 
+# Patterns.
+
+
+def test_patterns_are_those_of_the_hand_written_pass():
+    result, run = anatomy.attention_patterns(lens(), [prompt()], found(), n_heads=3, **QUIET), by_hand(prompt())
+    window = result.of()
+    scores = hand.sink_scores(run.pattern)[7:14, :, SINK]
+    best = [(7 + int(i) // 4, int(i) % 4) for i in scores.flatten().argsort(descending=True)[:3]]
+    assert [(layer, head) for layer, head, _ in window.heads] == best
+    pos = window.tokens["pos"].tolist()
+    assert len(pos) == 48 and {0, 1, 2, 3, *range(SINK - 3, SINK + 4)} <= set(pos)
+    for (layer, head, score), values, rest in zip(window.heads, window.attention, window.elsewhere, strict=True):
+        pattern = run.pattern[layer, head]
+        np.testing.assert_allclose(values, pattern[pos][:, pos], atol=2e-5)
+        np.testing.assert_allclose(rest, 1 - pattern[pos][:, pos].sum(-1), atol=2e-5)
+        assert score == pytest.approx(float(scores[layer - 7, head]), abs=1e-5)
+    kinds = dict(zip(window.tokens["pos"], window.tokens["kind"], strict=True))
+    assert {p: kind for p, kind in kinds.items() if kind} == {0: "primary", SINK: "secondary"}
+    frame = result.to_dataframe()
+    assert len(frame) == 3 * 48 * 49 // 2 and (frame["key"] <= frame["query"]).all()
+    row = frame[(frame["query"] == pos[-1]) & (frame["key"] == SINK)].iloc[0]
+    assert row["attention"] == pytest.approx(float(run.pattern[row["layer"], row["head"], pos[-1], SINK]), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon"])
+def test_patterns_of_other_architectures_are_eager_hugging_faces(name):
+    """Sliding windows, learned sinks, the reference path; texts of two lengths."""
+    texts = {"a": torch.arange(3, 43), "b": torch.arange(3, 33)}
+    sinks = sinks_at(("a", 9), ("b", 12), token_ids=texts)
+    tokens = sc.Tokens(tuple(texts.values()), tuple(texts))
+    result = anatomy.attention_patterns(load(name), tokens, sinks, n_heads=2, min_queries=4, n_positions=35, **QUIET)
+    assert result.prompts == ["a", "b"]
+    for prompt_name, ids in texts.items():
+        window, (pattern, _) = result.of(prompt_name), architectures.hugging_face(name, ids)
+        pos = window.tokens["pos"].tolist()
+        assert len(pos) == min(35, len(ids))
+        for (layer, head, _), values, rest in zip(window.heads, window.attention, window.elsewhere, strict=True):
+            np.testing.assert_allclose(values, pattern[layer, head][pos][:, pos], atol=2e-5)
+            np.testing.assert_allclose(rest + values.sum(-1), 1, atol=2e-5)
+    with pytest.raises(InputError, match="prompt 'c' has no patterns here: there are a, b"):
+        result.of("c")
+
+
+def test_patterns_refuse_what_they_cannot_use():
+    args = (lens(), [prompt()], found())
+    for options, said in (
+        ({"n_heads": 0}, "n_heads = 0: at least 1"), ({"n_positions": 1}, "n_positions = 1: at least 2"),
+        ({"around": -1}, "around = -1: at least 0"), ({"min_queries": 96}, "no head has a defined score"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            anatomy.attention_patterns(*args, **options, **QUIET)
+
+
+@given(st.lists(st.integers(0, 59), min_size=1, max_size=20), st.integers(2, 80), st.integers(0, 5))
+def test_a_window_holds_sinks_first_and_never_too_much(sinks, size, around):
+    window = patterns.window_around(sinks, 60, size, around)
+    assert window == sorted(set(window)) and len(window) == min(size, 60) and set(window) <= set(range(60))
+    assert sinks[0] in window
+    if len(set(sinks)) * (2 * around + 1) <= size:
+        assert {p for s in sinks for p in range(s - around, s + around + 1) if 0 <= p < 60} <= set(window)
+
+
+def test_the_view_is_small_rounded_and_sums_to_one():
+    window = every_result()["attention_patterns"].of()
+    view = figures.attention_view(window, name="a b", library=False)
+    assert len(view) < 200_000 and "CircuitsVis=(" not in view and 'id="cv-a20b"' in view
+    data = json.loads(re.search(r'class="cv-data"[^>]*>(.*?)</script>', view, re.DOTALL)[1])
+    values = np.array(data["attention"])
+    assert values.shape == (len(window.heads), 49, 49) and len(data["tokens"]) == 49
+    np.testing.assert_allclose(values[:, 1:].sum(-1), 1, atol=49 * 0.0005)
+    assert np.allclose(values, values.round(3)) and not values[:, 0].any()
+    assert every_result()["attention_patterns"].view().count("CircuitsVis=(") == 1
+
+
 # Results and figures.
 
 
@@ -754,7 +833,7 @@ def every_result() -> dict[str, anatomy.Anatomy]:
         anatomy.neurons(*args, secondary(), layer=6, **QUIET), anatomy.norms_by_layer(*args, found(), **QUIET), anatomy.levels(found()),
         anatomy.score_by_lifetime(*args, found(), **QUIET), anatomy.pca(model, ids, fake, layer=6, **QUIET),
         anatomy.clustering(model, ids, fake, **QUIET), anatomy.matrix_entropy(*args, found(), layers=[0, 8], **QUIET),
-        anatomy.key_query_geometry(*args, found(), **QUIET),
+        anatomy.key_query_geometry(*args, found(), **QUIET), anatomy.attention_patterns(*args, found(), **QUIET),
     ]  # fmt: skip
     return {one.kind: one for one in made}
 
@@ -859,7 +938,7 @@ def test_everything_on_real_models(name, tmp_path):
         written, carrying, anatomy.mlp_stages(*args, own, layer=layer, **QUIET), anatomy.norms_by_layer(*args, sinks, **QUIET),
         anatomy.levels(sinks), anatomy.score_by_lifetime(*args, sinks, **QUIET), anatomy.key_query_geometry(*args, sinks, **QUIET),
         anatomy.matrix_entropy(*args, sinks, layers=[0, 8], **QUIET), anatomy.clustering(*args, own, **QUIET),
-        anatomy.pca(*args, own, layer=layer, **QUIET),
+        anatomy.pca(*args, own, layer=layer, **QUIET), anatomy.attention_patterns(*args, sinks, **QUIET),
     ]  # fmt: skip
     for result in results:
         result.save(tmp_path / f"{result.kind}.safetensors")

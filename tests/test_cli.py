@@ -154,6 +154,7 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
         "writers.safetensors",
         "neurons.safetensors",
         "key_query_geometry.safetensors",
+        "attention_patterns.safetensors",
         "report.html",
     }
     page = (out / "report.html").read_text()

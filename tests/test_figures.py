@@ -260,6 +260,21 @@ def test_one_prompt_has_no_interval(results):
     assert all(v is None for v in figure.data[0].error_y.array)
 
 
+def strings(value) -> list[str]:
+    """Every text in nested lists and dicts, keys left out."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for one in inner for text in strings(one)]
+
+
+def assert_no_foreign_markup(drawn) -> None:
+    """Of plotly's pseudo-HTML a figure uses bold headings, line breaks and the grey of notes; nothing else stands in it."""
+    for text in strings(drawn):
+        assert set(re.findall(r"</?([a-zA-Z!][^\s>/]*)", text)) <= {"b", "br", "span", "extra"}, text
+        assert "<b>bold" not in text and not set("\u202e\u200b\x00") & set(text), text
+
+
 # --------------------------------------------------------------------------------------------------- files
 def test_save_figure_as_a_page_that_needs_no_network(results, tmp_path):
     figure = figures.ablation_figure(results.ablate)
@@ -269,6 +284,16 @@ def test_save_figure_as_a_page_that_needs_no_network(results, tmp_path):
     assert not [a for tag, a in Elements(text).attributes if "src" in a or "href" in a]
     with pytest.raises(ResultError, match="exists already"):
         figures.save_figure(figure, tmp_path / "f.html")
+
+
+def test_pages_may_share_the_library(results, tmp_path):
+    figures.save_library(tmp_path / "p.js")
+    figures.save_figure(figures.ablation_figure(results.ablate), tmp_path / "f.html", library='p.js"><i>')
+    elements = Elements((tmp_path / "f.html").read_text())
+    assert [a["src"] for _, a in elements.attributes if "src" in a] == ['p.js"><i>'] and "i" not in elements.names
+    assert (tmp_path / "f.html").stat().st_size < 200_000 < (tmp_path / "p.js").stat().st_size
+    with pytest.raises(ResultError, match="exists already"):
+        figures.save_library(tmp_path / "p.js")
 
 
 def test_save_figure_refuses_other_kinds(tmp_path):

@@ -22,9 +22,9 @@ torch.set_num_threads(1)
 QUIET = {"verbose": False}
 
 
-def words(n: int = 128) -> PreTrainedTokenizerFast:
+def words(n: int = 128, vocabulary: dict | None = None) -> PreTrainedTokenizerFast:
     """One token per word: w0, w1, ...; text and ids are the same thing."""
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w0"))
+    made = Tokenizer(models.WordLevel(vocabulary or {f"w{i}": i for i in range(n)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")
     tokenizer.chat_template = "w7 {{ messages[0]['content'] }} w8"

@@ -325,6 +325,9 @@ const note = () => {
   seen.fetched = performance.getEntriesByType("resource").map((e) => e.name);
   seen.width = innerWidth; seen.needed = document.documentElement.scrollWidth;
   seen.policy = document.querySelectorAll("meta[http-equiv]").length;
+  const canvases = [...document.querySelectorAll("details.cv canvas")];
+  if (seen.painted !== canvases.length)
+    seen.painted = canvases.filter((canvas) => canvas.width > 20 && canvas.toDataURL().length > 3000).length;
   seen.drawn = document.documentElement.dataset.drawn; seen.svgs = document.querySelectorAll("svg.main-svg").length;
   seen.cut = [...document.querySelectorAll("svg.main-svg .gtitle, svg.main-svg .xtitle, svg.main-svg .legendtext")].filter((text) => {
     const own = text.getBoundingClientRect(), svg = text.closest("svg").getBoundingClientRect();

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from measured import NAMES, measured
 from safetensors.numpy import save_file
-from test_figures import Elements
+from test_figures import Elements, assert_no_foreign_markup, strings
 from test_report import browse, in_a_frame, needs_browser, probed, seen_in
 
 import sink_circuits as sc
@@ -20,7 +20,7 @@ from sink_circuits.token_scores import TokenScores
 
 PARTS = (
     "layer_map", "ablate", "controls", "paths", "mass", "claims", "writers", "neurons", "key_query_geometry", "mlp_stages",
-    "token_scores",
+    "token_scores", "attention_patterns",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_every_result_has_its_section_and_its_sentence(page):
     text = Elements(page).text
     for heading in (
         "Layer map", "Ablation", "Controls", "Paths", "Mass", "Claims", "Circuit", "Stages of the MLP", "Writers and erasers", "Neurons",
-        "Keys and queries",
+        "Keys and queries", "Attention patterns",
     ):  # fmt: skip
         assert re.search(f"<h3 id=[^>]*>{heading}", page), heading
     labels = re.findall(r'<strong><a href="#([^"]+)">([^<]+)\.</a></strong>', page)
@@ -82,6 +82,24 @@ def test_tokens_and_names_stay_text(page):
     assert NAMES[0] in elements.text
     assert "\u202e" not in page
     assert len(page.encode()) < 5_000_000
+
+
+def test_figures_hold_no_foreign_markup(page):
+    """Titles, labels, legends and hover texts: plotly shows <b> as bold and <a> as a link."""
+    drawn = re.findall(r'class="figure-data"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert len(drawn) > 10
+    assert_no_foreign_markup([json.loads(one) for one in drawn])
+    assert any("&lt;b&gt;bold" in text for one in drawn for text in strings(json.loads(one))), "no token is shown"
+
+
+def test_attention_patterns_stand_in_the_page_once_for_each_text(page):
+    views = re.findall(r'data-component="AttentionHeads"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert len(views) == len(NAMES)
+    for view in views:
+        assert len(view) < 300_000 and not {"<", ">", "&"} & set(view)
+        data = json.loads(view)
+        assert len(data["tokens"]) == 1 + 48 and any("</script>" in token for token in data["tokens"])
+    assert page.count('id="library-circuitsvis"') == 1
 
 
 def test_the_page_says_how_to_make_the_results_again(page):
@@ -232,6 +250,8 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(page, tmp_path):
     seen = seen_in(dom, log, 1280, n_figures=page.count('class="figure-data"'))
     assert seen["sideways"] == [], "a table is cut on a wide screen"
     assert not [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]
+    assert not {"img", "iframe", "object"} & set(Elements(dom).names)
+    assert seen["painted"] == len(NAMES) * 5, "four heads and the chosen one of each text"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from common import REAL, by_hand, no_forward_pass, subject
-from test_figures import Elements
+from test_figures import Elements, assert_no_foreign_markup, strings
 from test_generation import words
 
 import sink_circuits as sc
@@ -147,11 +147,55 @@ def test_the_page_shows_what_is_there_and_says_what_is_not(done):
     assert "3 primary, 3 secondary" in page
 
 
+def test_pages_of_figures_share_one_library(done):
+    pages = sorted(done.folder.rglob("*.html"))
+    assert len(pages) == 6 and (done.folder / "plotly.min.js").stat().st_size > 3_000_000
+    for page in pages:
+        if page.name == "index.html":
+            continue
+        assert page.stat().st_size < 500_000
+        (script,) = (a["src"] for _, a in Elements(page.read_text("utf-8")).attributes if "src" in a)
+        assert (page.parent / script).resolve() == (done.folder / "plotly.min.js").resolve()
+
+
+def test_a_library_that_is_gone_is_written_again(tmp_path):
+    options = {"figures": ("levels",), "formats": ("html",)}
+    made = study([model()], tmp_path / "out", **options)
+    (made.folder / "plotly.min.js").unlink()
+    study([model()], made.folder, **options)
+    assert (made.folder / "plotly.min.js").is_file()
+
+
+@pytest.mark.parametrize(("formats", "n_links"), [((), 0), (("html",), 1)])
+def test_a_page_without_pictures_says_so_and_leads_nowhere_else(tmp_path, formats, n_links):
+    page = study([model()], tmp_path / "out", figures=("levels",), formats=formats).index.read_text("utf-8")
+    assert "There is no picture here" in page and "None" not in page
+    assert page.count("The figure as a page") == n_links
+
+
 def test_a_prompts_name_is_no_markup(tmp_path):
     hostile = PromptSet((dataclasses.replace(PROMPTS[0], id="<script>alert(1)</script>\u202e"),))
     page = study([model()], tmp_path / "out", Plan(hostile)).index.read_text("utf-8")
     assert "script" not in Elements(page).names and "\u202e" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_tokens_of_hostile_text_are_no_markup(tmp_path):
+    token = "<img/src=x/onerror=alert(1)>\u202e<b>bold</b>\u05e9\u05dc\u05d5\u05dd"
+    hostile = subject().bridge()
+    vocabulary = {(token if i == 1 else f"w{i}"): i for i in range(64)}  # w1 forms a sink
+    hostile.tokenizer, hostile.cfg.model_name = words(64, vocabulary), "<i>planted"
+    prompts = PromptSet(tuple(dataclasses.replace(p, text=re.sub(r"\bw1\b", token, p.text)) for p in PROMPTS))
+    made = study([hostile], tmp_path / "out", Plan(prompts), **ALL)
+    page = made.index.read_text("utf-8")
+    assert "alert(1)" in page and "\u202e" not in page and "\u05e9" in page
+    assert not {"script"} & set(Elements(page).names)
+    assert not [a for tag, a in Elements(page).attributes if "onerror" in a or (tag == "img" and a["src"] == "x")]
+    drawn = [path.read_text("utf-8") for path in made.folder.rglob("*.html") if path != made.index]
+    texts = [json.loads(re.search(r'id="data">(.*?)</script>', one, re.DOTALL)[1]) for one in drawn]
+    assert len(texts) == 5
+    assert_no_foreign_markup(texts)
+    assert any("&lt;b&gt;bold" in text for text in strings(texts))
 
 
 # Going on.
@@ -469,7 +513,8 @@ def test_a_browser_shows_the_page_and_fetches_nothing(real_study, tmp_path):
     if CHROMIUM is None:
         pytest.skip("no Chromium browser on this machine: the page cannot be opened")
     probe = """<script>addEventListener("load", () => { const shown = [...document.images].map((i) => i.naturalWidth > 100);
-    document.documentElement.dataset.seen = JSON.stringify([shown.length, shown.every(Boolean), document.documentElement.scrollWidth]); });
+    document.documentElement.dataset.seen = JSON.stringify([shown.length, shown.every(Boolean),
+    document.documentElement.scrollWidth <= innerWidth]); });
     </script>"""
     page = real_study.index.read_text("utf-8")
     probed = real_study.folder / "probed.html"
@@ -477,5 +522,8 @@ def test_a_browser_shows_the_page_and_fetches_nothing(real_study, tmp_path):
     dom, log = browse(probed, tmp_path, "--dump-dom", size="900,1400")
     probed.unlink()
     made = sum(one.state == "made" for one in real_study.figures)
-    assert f'data-seen="[{made},true,900]"' in dom, log[-2000:]
+    assert f'data-seen="[{made},true,true]"' in dom, log[-2000:]
     assert not [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]
+    for figure in (real_study.folder / "levels.html", real_study.folder / REAL[0] / "norms_by_layer.html"):
+        dom, log = browse(figure, tmp_path, "--dump-dom", size="900,1400")
+        assert "main-svg" in dom and not [line for line in log.splitlines() if "CONSOLE" in line and "GL" not in line]

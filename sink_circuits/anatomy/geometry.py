@@ -109,7 +109,8 @@ class Pca(Anatomy):
 
     def coordinates(self) -> pd.DataFrame:
         """Long format: one row per space, token and component."""
-        return self.data["coordinate"].to_dataframe().reset_index().join(self.table, on="token", rsuffix="_text")
+        named = self.table.rename(columns={"token": "token_text"})
+        return self.data["coordinate"].to_dataframe().reset_index().join(named, on="token")
 
 
 @torch.no_grad()

@@ -72,12 +72,12 @@ def key_query_geometry(
     named = {"layer": np.full(shape, -1), "head": np.full(shape, -1), "score": np.full(shape, np.nan, dtype=np.float32)}
     for text in texts(model, tokens, sinks, verbose=verbose):
         scores = scores_of(text.clean, adapter.windows, min_queries=min_queries)
-        readers = {row: _readers(scores, table.iloc[row], n_heads) for row in text.rows}
-        layers = sorted({layer for own in readers.values() for layer, _ in own})
+        attending = {row: readers(scores, table.iloc[row], n_heads) for row in text.rows}
+        layers = sorted({layer for own in attending.values() for layer, _ in own})
         if not layers:
             continue
         vectors = attended(model, text.ids, layers)
-        for row, own in readers.items():
+        for row, own in attending.items():
             for rank, (layer, head) in enumerate(own):
                 pos = int(table["pos"].iloc[row])
                 named["layer"][row, rank], named["head"][row, rank] = layer, head
@@ -109,7 +109,7 @@ def key_query_geometry(
     return KeyQueryGeometry(data, table[list(SINK_COLUMNS)], manifest)
 
 
-def _readers(scores, row, n_heads: int) -> list[tuple[int, int]]:
+def readers(scores, row, n_heads: int) -> list[tuple[int, int]]:
     """(layer, head) with the largest defined scores of this sink, largest first."""
     first = int(row["l_start"]) + 1
     own = scores[first : int(row["l_end"]) + 2, :, int(row["pos"])]

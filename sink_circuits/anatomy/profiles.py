@@ -87,7 +87,7 @@ def _keys_values(model, text) -> tuple[Float[Tensor, "layer pos"], Float[Tensor,
 
 @dataclass(frozen=True, repr=False)
 class Levels(Anatomy):
-    """How many sinks begin in which layer and live how long: `count` [model, l_start, lifetime].
+    """How many sinks begin in which layer and live how long: `count` [model, l_start, lifetime]; `n_prompts` [model].
 
     `table`: one row per cell that is not 0.
     """
@@ -110,16 +110,16 @@ def levels(
         sources = {str(sources.manifest.model).rstrip("/").rsplit("/", 1)[-1]: sources}
     if not sources:
         raise InputError("no sinks were given: pass a table of sinks, or records, by model name.")
-    frames, manifests, n_prompts = [], [], 0
+    frames, manifests, n_prompts = [], [], []
     for name, source in sources.items():
         if isinstance(source, Sinks):
             frame = source.table
             manifests.append(source.manifest)
-            n_prompts += len(source.prompts)
+            n_prompts.append(len(source.prompts))
         else:
             records = read_records(source) if isinstance(source, str | Path) else source
             frame = records_table(records).rename(columns={"sink_type": "kind"})
-            n_prompts += len(records)
+            n_prompts.append(len(records))
         frames.append(frame.loc[frame["kind"].isin(kinds), ["l_start", "lifetime"]].assign(model=str(name)))
     frame = pd.concat(frames, ignore_index=True)
     if not len(frame):
@@ -129,7 +129,12 @@ def levels(
     index = pd.MultiIndex.from_product([[str(n) for n in sources], starts, lives], names=counts.index.names)
     data = xr.Dataset.from_dataframe(counts.reindex(index, fill_value=0).rename("count").to_frame())
     data = data.reindex(model=[str(n) for n in sources])  # from_dataframe sorts them
-    shared: dict = {"what": "levels", "model": ", ".join(map(str, sources)), "n_prompts": n_prompts}
+    data["n_prompts"] = ("model", np.array(n_prompts))
+    shared: dict = {
+        "what": "levels",
+        "model": ", ".join(map(str, sources)),
+        "n_prompts": max(n_prompts),
+    }  # the same prompts, often
     settings: dict = {"kinds": list(kinds), "sources": {str(k): type(v).__name__ for k, v in sources.items()}}
     if len(manifests) == len(sources):
         settings["found"] = [dict(m.settings) for m in manifests]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -11,16 +12,22 @@ from sink_circuits.errors import ResultError
 from sink_circuits.figures.look import CONFIG, first_line
 from sink_circuits.results import write_whole
 
+LIBRARY = "plotly.min.js"
+"""What `save_library` calls the file that pages may share."""
 
-def save_figure(figure: go.Figure, path: str | Path, *, overwrite: bool = False) -> None:
+
+def save_figure(
+    figure: go.Figure, path: str | Path, *, library: str | None = None, overwrite: bool = False
+) -> None:  # fmt: skip
     """Write a figure: .html (self-contained, no network), or .svg, .pdf, .png by way of kaleido and a Chromium browser.
 
+    `library`: for .html, where plotly.js lies, relative to the page (`save_library` writes it): 5 MB that many pages share.
     Raises ResultError for another suffix, an existing file, or when kaleido or its browser is missing.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind == "html":
-        data = _figure_page(figure).encode()
+        data = _figure_page(figure, library).encode()
     elif kind in ("svg", "pdf", "png"):
         try:
             data = figure.to_image(format=kind, width=760, height=figure.layout.height, scale=2 if kind == "png" else 1)
@@ -41,6 +48,13 @@ def save_figure(figure: go.Figure, path: str | Path, *, overwrite: bool = False)
     write_whole(path, write, overwrite=overwrite)
 
 
+def save_library(path: str | Path, *, overwrite: bool = False) -> None:
+    """Write plotly.js, for pages that share it. Raises ResultError when `path` exists or cannot be written."""
+    from plotly.offline import get_plotlyjs
+
+    write_whole(Path(path), lambda temporary: temporary.write_text(get_plotlyjs(), "utf-8"), overwrite=overwrite)
+
+
 def figure_json(figure: go.Figure) -> str:
     """A figure as JSON that may stand inside a <script> element: `<`, `>` and `&` are written as escapes."""
     return script_json(json.loads(figure.to_json()))
@@ -52,15 +66,22 @@ def script_json(value) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _figure_page(figure: go.Figure) -> str:
+def _figure_page(figure: go.Figure, library: str | None) -> str:
+    """The page; without `library` plotly.js stands in it."""
     from plotly.offline import get_plotlyjs
 
+    shared = "" if library is None else html.escape(library)
+    # 'self' is the page's own server; of pages opened from a disk browsers compare the scheme.
+    own = "" if library is None else " 'self' file:"
+    script = f"<script>{get_plotlyjs()}</script>" if library is None else f'<script src="{shared}"></script>'
+    waiting = f"This figure is drawn by {shared}, which was written with it and is not there." if shared else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'{own}; "
         "style-src 'unsafe-inline'; img-src data: blob:\"><title>figure</title></head>"
-        '<body style="margin:0 auto;max-width:860px"><div id="figure"></div>'
-        f'<script>{get_plotlyjs()}</script><script type="application/json" id="data">{figure_json(figure)}</script>'
-        '<script>const f = JSON.parse(document.getElementById("data").textContent);'
-        f'Plotly.newPlot("figure", f.data, f.layout, {json.dumps(CONFIG)});</script></body></html>'
+        f'<body style="margin:0 auto;max-width:860px"><div id="figure">{waiting}</div>{script}'
+        f'<script type="application/json" id="data">{figure_json(figure)}</script>'
+        '<script>const f = JSON.parse(document.getElementById("data").textContent), place = document.getElementById("figure");'
+        f"if (window.Plotly) {{ place.replaceChildren(); Plotly.newPlot(place, f.data, f.layout, {json.dumps(CONFIG)}); }}"
+        "</script></body></html>"
     )

@@ -149,13 +149,18 @@ def _circuitsvis(tokens, scores, top, layers, bound: float, name: str) -> str:
     }
     missing = len(tokens) - len(keep)
     note = f" The last {missing} tokens have too few later queries for a score and are left out." if missing else ""
-    target = "cv-" + "".join(f"{ord(c):x}" if not (c.isascii() and c.isalnum()) else c for c in name)
+    target = target_of(name)
     return (
         f'<details class="cv"><summary>The same by layer, interactive (circuitsvis)</summary><p class="tok-note">Choose a layer above the '
         f"text; hover over a token for its scores. One scale for all layers; the bound can be changed.{note}</p>"
         f'<div class="cv-box" id="{target}"></div><script type="application/json" class="cv-data" data-target="{target}">'
         f"{script_json(props)}</script></details>"
     )
+
+
+def target_of(name: str) -> str:
+    """The id of the element that circuitsvis draws into."""
+    return "cv-" + "".join(f"{ord(c):x}" if not (c.isascii() and c.isalnum()) else c for c in name)
 
 
 @lru_cache(maxsize=1)
@@ -174,7 +179,8 @@ VIEW_SCRIPT = """
     if (!data || box.dataset.drawn) return;
     box.dataset.drawn = "yes";
     const ready = window.sinkCircuitsLibrary ? window.sinkCircuitsLibrary("circuitsvis") : Promise.resolve();
-    ready.then(() => CircuitsVis.render(data.dataset.target, CircuitsVis.ColoredTokensMulti, JSON.parse(data.textContent)));
+    ready.then(() => CircuitsVis.render(data.dataset.target, CircuitsVis[data.dataset.component || "ColoredTokensMulti"],
+      JSON.parse(data.textContent)));
   };
   document.querySelectorAll("details.cv").forEach((box) => {
     if (box.open) draw(box);

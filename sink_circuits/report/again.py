@@ -17,7 +17,8 @@ CALLS = {
 }  # fmt: skip
 """By what a manifest says that it is. Everything of the anatomy is called by its own name."""
 ANATOMY = (
-    "mlp_stages", "writers", "neurons", "norms_by_layer", "score_by_lifetime", "pca", "clustering", "matrix_entropy", "key_query_geometry"
+    "mlp_stages", "writers", "neurons", "norms_by_layer", "score_by_lifetime", "pca", "clustering", "matrix_entropy",
+    "key_query_geometry", "attention_patterns",
 )  # fmt: skip
 KEPT = ("layer", "layers", "intervention", "method", "outcome", "n_random", "per_prompt", "together")
 """Settings that are arguments of the call, where they differ from its default."""

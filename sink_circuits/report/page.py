@@ -67,6 +67,7 @@ def render(
     kinds = _kinds(results)
     views = _views(sinks, texts, scores)
     causes, anatomy = causal_sections(results), anatomy_sections(results)
+    interactive = bool(views) or any(section.views for section in anatomy)
     shown = sinks.table["prompt"].drop_duplicates().tolist()
     environment = Environment(
         loader=PackageLoader("sink_circuits", "templates"),
@@ -96,7 +97,8 @@ def render(
         anatomy=anatomy,
         notes=notes,
         limits=limits(sinks, effects, kinds),
-        libraries=_libraries(bool(causes or anatomy), bool(views)),
+        libraries=_libraries(bool(causes or anatomy), interactive),
+        interactive=interactive,
         token_css=Markup(figures.TOKEN_CSS),
         view_script=Markup(figures.VIEW_SCRIPT),
         config=Markup(figures.script_json(figures.CONFIG)),

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from sink_circuits import figures
+from sink_circuits.anatomy.patterns import AttentionPatterns
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
@@ -73,6 +74,10 @@ CAPTIONS = {
     "pca": "How the MLP answers one direction of its input at a time: a jump at one sign and scale is what a sink's input sets off.",
     "clustering": "Sinks against the same token where it is no sink; the silhouette says whether the separation is real.",
     "matrix_entropy": "Low entropy: few directions hold most of the hidden states' size, as when one token outweighs all others.",
+    "attention_patterns": (
+        "The heads that attend most to the sinks of one text. A sink is a column: later queries, whatever they are, give it weight. "
+        "Positions are a window around the sinks; what queries give to all others is not drawn."
+    ),
     "key_query_geometry": "Above the dotted line the sink's key wins: by its angle to the queries, by its norm, or by both.",
 }  # fmt: skip
 EDITS = {"layer_map": "edited layer", "dose_response": "factor"}
@@ -96,8 +101,11 @@ ANATOMY = {
     "clustering": "Clustering",
     "matrix_entropy": "Matrix entropy",
     "key_query_geometry": "Keys and queries",
+    "attention_patterns": "Attention patterns",
 }
 """Sections of the anatomy in their order."""
+MAX_PATTERNS = 3
+"""Texts whose attention patterns a page shows."""
 TEXT, NAME, WIDE = "text", "text name", "text name wide"
 """Cells of text; of text that may be long; of sentences. All others are numbers."""
 
@@ -114,7 +122,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One result on the page. `figures`: as `_drawn` gives them; `answer`: what it says, in a sentence or two."""
+    """One result on the page. `figures`: as `_drawn` gives them; `answer`: what it says, in a sentence or two; `views`: of circuitsvis."""
 
     id: str
     title: str
@@ -122,6 +130,7 @@ class Section:
     figures: tuple[Mapping, ...]
     tables: tuple[Table, ...] = ()
     answer: str = ""
+    views: tuple[Markup, ...] = ()
 
     @property
     def label(self) -> str:
@@ -160,8 +169,17 @@ def anatomy_sections(results: Sequence) -> list[Section]:
     for index, result in enumerate(sorted(own, key=lambda one: order.index(one.kind) if one.kind in order else 99), 1):
         drawn = (_drawn(f"anatomy-{index}-figure", result.plot()),)
         title = ANATOMY.get(result.kind, result.kind)
-        sections.append(Section(f"anatomy-{index}", title, CAPTIONS.get(result.kind, ""), drawn))
+        views = _views(index, result) if isinstance(result, AttentionPatterns) else ()
+        sections.append(Section(f"anatomy-{index}", title, CAPTIONS.get(result.kind, ""), drawn, views=views))
     return [one for one in sections if one is not None]
+
+
+def _views(index: int, result: AttentionPatterns) -> tuple[Markup, ...]:
+    """The patterns of the first texts; the weights of each are about 100 kB."""
+    return tuple(
+        Markup(result.view(prompt, name=f"patterns-{index}-{number}", library=False))
+        for number, prompt in enumerate(result.prompts[:MAX_PATTERNS])
+    )
 
 
 # One result each.
