@@ -1,5 +1,6 @@
 """Figures of evidence and the circuit diagram hold the numbers of the results that they draw."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -208,6 +209,16 @@ def test_mass_accounts_sum_to_zero(results):
     np.testing.assert_allclose(by_layer.sum(axis=0), 0, atol=1e-6)
     change = results.mass.change().mean("head").sel(group="treated").isel(edit=0).to_pandas()
     same(named(figure, "treated")[0].y, change.groupby(results.mass.table["prompt"].to_numpy()).mean().mean())
+
+
+def test_an_account_without_a_defined_value_is_an_empty_figure(results):
+    """Every sink too near the end of its text for any query set: nothing is drawn, and nothing fails."""
+    account = dataclasses.replace(results.mass, data=results.mass.data.copy())
+    for name in ("mass", "clean_mass"):
+        account.data[name] = account.data[name] * np.nan
+    figure = account.plot()
+    assert all(value is None for value in figure.data[0].x)
+    assert "Nothing is defined" in figure.layout.title.text
 
 
 def test_members_differ_in_more_than_colour(results):

@@ -223,7 +223,8 @@ def mass_figure(account) -> go.Figure:
     table = account.summary()
     edits = list(account.data["edit"].values)
     change = account.change().mean("head")
-    groups = [str(g) for g in account.data["group"].values if _ever(account, str(g))]
+    known = [str(g) for g in account.data["group"].values]
+    groups = [g for g in known if _ever(account, g)] or known  # all, and no marks, where too few queries follow any sink
     table = table[table["group"].isin(groups)]
     names = [f"by layer{f', {safe(str(edit))}' if len(edits) > 1 else ''}" for edit in edits]
     n_by_layer = [len(groups)] * len(edits)
@@ -240,7 +241,7 @@ def mass_figure(account) -> go.Figure:
             looks = LOOKS[: len(groups)]
             trace.marker.update(color=[look[0] for look in looks], symbol=[look[1] for look in looks])
         figure.add_trace(trace.update(showlegend=len(edits) > 1), row=1, col=1)
-        sums.append(float(own["change"].sum()))
+        sums.append(float(own["change"].sum(min_count=1)))
     _name_rows(figure, 1, [_group_label(table, group, edits) for group in groups])
     figure.update_xaxes(title_text="change of attention mass (share)", row=1, col=1)
     layers = account.data["layer"].to_numpy()
