@@ -224,7 +224,7 @@ def mass_figure(account) -> go.Figure:
     edits = list(account.data["edit"].values)
     change = account.change().mean("head")
     known = [str(g) for g in account.data["group"].values]
-    groups = [g for g in known if _ever(account, g)] or known  # all, and no marks, where too few queries follow any sink
+    groups = [g for g in known if _ever(account, g)] or known  # all, without marks, where nothing is defined
     table = table[table["group"].isin(groups)]
     names = [f"by layer{f', {safe(str(edit))}' if len(edits) > 1 else ''}" for edit in edits]
     n_by_layer = [len(groups)] * len(edits)
