@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sink_circuits.scores import SinkScores, sink_scores
     from sink_circuits.studies import Study, read_study
     from sink_circuits.sweeps import SweepResult, WorkerPool, load_sweep, sweep
+    from sink_circuits.transplants import sufficiency
 
 _ROOMS = {
     "errors": ("SinkCircuitsError",),
@@ -92,6 +93,7 @@ _ROOMS = {
     "scores": ("SinkScores", "sink_scores"),
     "studies": ("Study", "read_study"),
     "sweeps": ("SweepResult", "WorkerPool", "load_sweep", "sweep"),
+    "transplants": ("sufficiency",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)

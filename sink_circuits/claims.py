@@ -31,21 +31,13 @@ from sink_circuits.controls import Controlled, Intervention, match_positions, wi
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import FACTORS, Effect, _check_layers, _several, dose_response, layer_map, measure
-from sink_circuits.interventions import (
-    Edit,
-    keep_direction,
-    random_direction,
-    remove_direction,
-    replace,
-    set_norm,
-    swap_direction,
-    zero,
-)
+from sink_circuits.interventions import Edit, keep_direction, remove_direction, set_norm, swap_direction, zero
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import run_clean
 from sink_circuits.studies import KINDS
+from sink_circuits.transplants import stand_ins, sufficiency
 
 ALPHA = 0.05
 MARGIN = 0.5
@@ -218,8 +210,8 @@ def test_claims(
     if not len(confirmation) or not (len(discovery) or declared):
         needed = "one is needed" if declared else "both sides of the split need one"
         raise InputError(
-            f"{chosen.table['prompt'].nunique()} of {len(tokens)} prompts hold sinks of kind {' or '.join(kinds)}, and {needed}: "
-            "give more prompts, or other kinds."
+            f"{chosen.table['prompt'].nunique()} of {len(tokens)} prompts hold sinks of kind {' or '.join(kinds)} with later tokens enough "
+            f"for a score, and {needed}: give more prompts, or other kinds."
         )
     if layer is not None:
         forming_layer, forming_set = layer, tuple(sorted(declared))
@@ -294,18 +286,15 @@ def forming_layers(mapped: Effect) -> tuple[int, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Donors:
-    """What the interventions at one sink need of the clean run, at the forming layers."""
+    """What the interventions at one sink need of the clean run, at the forming layer."""
 
     direction: torch.Tensor
-    contributions: dict[int, torch.Tensor]
     ordinary: torch.Tensor
     cosine: float
 
 
 @torch.no_grad()
-def _donors(
-    model, tokens: Tokens, table: pd.DataFrame, matches: pd.DataFrame, layer: int, layers: Sequence[int], path: str
-) -> list[_Donors]:
+def _donors(model, tokens: Tokens, table: pd.DataFrame, matches: pd.DataFrame, layer: int, path: str) -> list[_Donors]:
     nearby = matches[matches["control"] == "same range"].set_index("sink")["pos"]
     donors: dict[int, _Donors] = {}
     for name, ids in zip(tokens.names, tokens.ids, strict=True):
@@ -321,9 +310,8 @@ def _donors(
             written = clean.contribution[layer, pos].float()
             ordinary = clean.contribution[layer, other if other >= 0 else min(pos + 1, len(ids) - 1)]
             donors[int(index)] = _Donors(
-                direction, {one: clean.contribution[one, pos].clone() for one in {layer, *layers}}, ordinary.clone(),
-                torch.nn.functional.cosine_similarity(written, direction, dim=0).item(),
-            )  # fmt: skip
+                direction, ordinary.clone(), torch.nn.functional.cosine_similarity(written, direction, dim=0).item()
+            )
     return [donors[index] for index in range(len(table))]
 
 
@@ -333,7 +321,7 @@ def _measure_all(
     """Every hypothesis' number, one per treated sink (NaN where it could not be measured), and zeroing beside its controls."""
     table = treated.table
     matches = match_positions(model, tokens, treated, found, path=options["path"])
-    donors = _donors(model, tokens, table, matches, layer, layers, options["path"])
+    donors = _donors(model, tokens, table, matches, layer, options["path"])
 
     def donor(row: pd.Series) -> _Donors:
         return donors[int(row["origin"])]
@@ -361,7 +349,7 @@ def _measure_all(
         "specific layer": less["wrong layer"],
         "more than at the same token": less["same token"],
         "more than a disturbance": less["random"],
-        "sufficient": _sufficiency(model, tokens, treated, matches, donors, layers, n_random, options),
+        "sufficient": _sufficiency(model, tokens, treated, found, matches, layers, n_random, options),
         "aligned": np.array([one.cosine - COSINE for one in donors]),
         "alignment matters": (turned.sel(edit="remove_direction") - turned.sel(edit="keep_direction")).to_numpy(),
         "dose": _within(dosed, "log_odds"),
@@ -391,43 +379,19 @@ def _less(controlled: Controlled, edit: str) -> dict[str, np.ndarray]:
 
 
 def _sufficiency(
-    model, tokens, treated: Sinks, matches, donors: Sequence[_Donors], layers, n_random: int, options
+    model, tokens, treated: Sinks, found: Sinks, matches, layers, n_random: int, options: dict
 ) -> np.ndarray:
     """Log-odds effect of the forming set's contributions at a stand-in (the same token if there is one), less random directions'."""
-    wide = matches.pivot(index="sink", columns="control", values="pos").reindex(range(len(treated)))
-    stand_ins = wide["same token"].where(wide["same token"] >= 0, wide["same range"]).fillna(-1).astype(int)
-    of = [index for index, pos in stand_ins.items() if pos >= 0]
-    out = np.full(len(treated), np.nan)
-    if not of:
-        return out
-    table = treated.table.iloc[of].reset_index(drop=True).assign(pos=stand_ins.loc[of].to_numpy())
-    table["token_id"] = [
-        int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)
-    ]
-    labels = ["transplant", *range(n_random)]
-
-    def edits(label, row: pd.Series) -> tuple[Edit, ...]:
-        made = []
-        for one in layers:
-            written = donors[int(row["origin"])].contributions[one]
-            edit = replace(one, int(row["pos"]), written[None], "transplant")
-            made.append(edit if label == "transplant" else _random_write(edit, written, row["prompt"], label))
-        return tuple(made)
-
-    measured = measure(
-        model, tokens, Sinks(table, treated.prompts, treated.manifest), list(range(len(labels))),
-        lambda index, row: edits(labels[index], row), what="transplant", **options,
-    ).over_lifetime("log_odds").to_numpy()  # fmt: skip
-    out[of] = measured[:, 0] - np.nanmean(measured[:, 1:], axis=1)
+    onto = stand_ins(matches)["pos"].to_numpy()
+    of, out = np.flatnonzero(onto >= 0), np.full(len(treated), np.nan)
+    if len(of):
+        some = Sinks(treated.table.iloc[of].reset_index(drop=True), treated.prompts, treated.manifest)
+        effect = sufficiency(
+            model, tokens, some, layers=layers, onto=onto[of].tolist(), found=found, n_random=n_random, **options
+        ).over_lifetime("log_odds")
+        drawn = effect.sel(edit=[f"random_direction {draw}" for draw in range(n_random)]).mean("edit", skipna=True)
+        out[of] = (effect.sel(edit="transplant", drop=True) - drawn).to_numpy()
     return out
-
-
-def _random_write(edit: Edit, written: torch.Tensor, *names) -> Edit:
-    """The same norm as `written`, in a direction drawn by name."""
-    drawn = random_direction(edit.layer, edit.positions, *names)
-    return Edit(
-        edit.layer, edit.positions, lambda c: drawn.function(written[None].to(c).expand_as(c)), "random direction"
-    )
 
 
 def _recovery(model, tokens, treated: Sinks, matches, layer: int, options) -> np.ndarray:

@@ -36,6 +36,7 @@ from sink_circuits.experiments import (
 )
 from sink_circuits.interventions import Contribution, Edit, custom, random_perturbation, replace, zero
 from sink_circuits.models import adapt, backend_of, load_model
+from sink_circuits.outcomes import in_order
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import run_clean
@@ -68,8 +69,8 @@ class Controlled:
     """Effects of one experiment, and of its controls, each a mean over heads and the layers that read the sink.
 
     `data`: `effect_<outcome>` [sink, edit], `control_<outcome>` [sink, control, edit] (NaN: not matched),
-    `random_<outcome>` [sink, draw, edit]; outcomes "log_odds" and "score". `matches`: one row per sink and control with
-    the position or layers taken, or the `reason` why there is none. `effect`: the treated sinks' full result; None in
+    `random_<outcome>` [sink, draw, edit], for every outcome of the experiment, a user's own too. `matches`: one row per sink and
+    control with the position or layers taken, or the `reason` why there is none. `effect`: the treated sinks' full result; None in
     a loaded one (save it by itself).
     """
 
@@ -79,6 +80,12 @@ class Controlled:
     manifest: Manifest
     effect: Effect | None = None
 
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """What was measured: built-in outcomes as listed, then a user's own by name."""
+        names = [str(name) for name in self.data.data_vars]
+        return tuple(in_order(name.removeprefix("effect_") for name in names if name.startswith("effect_")))
+
     def compare(self, outcome: str = "log_odds", confidence: float = 0.95) -> pd.DataFrame:
         """One row per edit and control: effect, control's effect and their difference over prompts.
 
@@ -86,8 +93,7 @@ class Controlled:
         over prompts), p, smallest_p (sign-flip, two-sided), n_prompts, n_sinks, n_unmatched, and for random perturbations
         rank: 1 when the mean effect is beyond every draw's, on its own side. Raises InputError for an unknown outcome.
         """
-        if f"effect_{outcome}" not in self.data:
-            raise InputError(f"outcome {outcome!r} was not measured: there are log_odds and score.")
+        self._check(outcome)
         prompts, rows = self.table["prompt"], []
         for edit in self.data["edit"].values:
             effects = self.data[f"effect_{outcome}"].sel(edit=edit).to_numpy()
@@ -118,14 +124,44 @@ class Controlled:
                 rows.append(row)
         return pd.DataFrame(rows)
 
+    def by_sink(self, outcome: str = "log_odds") -> pd.DataFrame:
+        """One row per sink and edit: its effect, and where that stands among all controls of this sink.
+
+        Columns: prompt, pos, token, kind, edit, effect, `rank` (1: farther than every control, to the effect's own side; ties count
+        against it), `n_controls` (matched ones and random draws) and `unmatched` (the kinds of control that this sink has not).
+        """
+        self._check(outcome)
+        rows = []
+        for sink, row in self.table.iterrows():
+            own = self.matches[self.matches["sink"] == sink]
+            missing = ", ".join(own.loc[own["reason"].astype(bool), "control"])
+            for edit in self.data["edit"].values:
+                effect, single, draws = (
+                    self.data[f"{kind}_{outcome}"].sel(sink=sink, edit=edit).to_numpy()
+                    for kind in ("effect", "control", "random")
+                )
+                side = "less" if effect < 0 else "greater"
+                found = statistics.rank_among_controls(float(effect), [*single, *draws], alternative=side)
+                rows.append(
+                    {
+                        **row[["prompt", "pos", "token", "kind"]], "edit": edit, "effect": float(effect), "rank": found.statistic,
+                        "n_controls": found.n, "unmatched": missing,
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _check(self, outcome: str) -> None:
+        if outcome not in self.outcomes:
+            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(self.outcomes)}.")
+
     def to_dataframe(self) -> pd.DataFrame:
-        """Long format: one row per sink, edit and control (draws one by one), with both outcomes."""
-        frames = []
+        """Long format: one row per sink, edit and control (draws one by one), a column for every outcome."""
+        frames, names = [], list(self.outcomes)
         for kind, dim in (("effect", None), ("control", "control"), ("random", "draw")):
-            columns = {o: self.data[f"{kind}_{o}"].to_series() for o in ("log_odds", "score")}
+            columns = {o: self.data[f"{kind}_{o}"].to_series() for o in names}
             frame = pd.DataFrame(columns).reset_index()
             named = "treated" if dim is None else frame[dim].astype(str).radd("" if kind == "control" else "random ")
-            frames.append(frame.assign(control=named)[["sink", "edit", "control", "log_odds", "score"]])
+            frames.append(frame.assign(control=named)[["sink", "edit", "control", *names]])
         return pd.concat(frames, ignore_index=True).join(self.table[["prompt", "pos", "token", "kind"]], on="sink")
 
     def plot(self, outcome: str = "log_odds"):
@@ -274,7 +310,7 @@ def with_controls(
     matches = [match_positions(model, tokens, treated, found, path=path)]
     values = {
         outcome: {"control": _nans(table, CONTROLS, labels), "random": _nans(table, range(n_random), labels)}
-        for outcome in ("log_odds", "score")
+        for outcome in effect.outcomes
     }
 
     def note(kind: str, name, measured: Effect, of: Sequence[int]) -> None:

@@ -168,6 +168,59 @@ def test_the_planted_secondary_stands_out_from_every_control():
     assert table.loc["random perturbation", "rank"] == 1
 
 
+def share_of_heads(clean, edited, sink):
+    """How many heads of a layer give the treated position more than a tenth of their attention, [layer]."""
+    attention = sc.key_column(edited, sink["pos"]).log_attention[..., 0].exp()
+    return (attention[..., sink["pos"] + 1 :].mean(-1) > 0.1).float().mean(-1)
+
+
+def test_every_outcome_of_the_experiment_is_compared(tmp_path):
+    """The controls' values of a user's own outcome, and of built-in ones, are what the same edit gives there."""
+    tokens, options = sc.Tokens(TEXTS, NAMES), {"outcomes": [share_of_heads], "verbose": False}
+    result = with_controls(
+        lens(), tokens, treated(), layers=[6, 7], found=found(), controls=("same range",), n_random=1, **options
+    )
+    stand_ins = result.matches[result.matches["control"] == "same range"]["pos"].to_numpy()
+    ids = [int(tokens[row.prompt][pos]) for row, pos in zip(result.table.itertuples(), stand_ins, strict=True)]
+    moved = sc.Sinks(result.table.assign(pos=stand_ins, token_id=ids), treated().prompts, treated().manifest)
+    there = sc.ablate(lens(), tokens, moved, layers=[6, 7], **options)
+    alone = sc.ablate(lens(), tokens, treated(), layers=[6, 7], **options)
+    assert result.outcomes == alone.outcomes == ("score", "log_odds", *alone.outcomes[2:-1], "share_of_heads")
+    for outcome in ("share_of_heads", "primary_log_odds", "lifetime"):
+        own = result.data[f"effect_{outcome}"].to_numpy()
+        np.testing.assert_array_equal(own, alone.over_lifetime(outcome).to_numpy())
+        control = result.data[f"control_{outcome}"].sel(control="same range").to_numpy()
+        np.testing.assert_allclose(control, there.over_lifetime(outcome).to_numpy(), atol=1e-6)
+        row = result.compare(outcome).set_index("control").loc["same range"]
+        prompts = result.table["prompt"]
+        difference = pd.Series((own - control)[:, 0]).groupby(prompts.to_numpy()).mean().mean()
+        assert row["difference"] == pytest.approx(difference, abs=1e-6)
+    assert "share_of_heads" in result.to_dataframe()
+    result.save(tmp_path / "own.safetensors")
+    assert Controlled.load(tmp_path / "own.safetensors").outcomes == result.outcomes
+
+
+def test_each_sink_ranks_among_all_its_controls():
+    result = controlled()
+    table = result.by_sink().set_index(["pos", "edit"])
+    for index, row in result.table.iterrows():
+        for edit, beyond in (("zero", np.less_equal), ("double", np.greater_equal)):
+            effect, single, draws = (
+                result.data[f"{kind}_log_odds"].sel(sink=index, edit=edit).to_numpy()
+                for kind in ("effect", "control", "random")
+            )
+            others = np.array([*single[~np.isnan(single)], *draws])
+            found_here = table.loc[(row["pos"], edit)]
+            assert found_here["effect"] == pytest.approx(float(effect))
+            if (effect < 0) == (edit == "zero"):
+                assert found_here["rank"] == 1 + beyond(others, effect).sum()
+            assert found_here["n_controls"] == len(others)
+            assert "random model" in found_here["unmatched"]  # none was given
+    assert (table.xs("zero", level="edit")["rank"] == 1).all()
+    with pytest.raises(InputError, match="'speed' was not measured: there are score, log_odds"):
+        result.by_sink("speed")
+
+
 def test_who_stands_in_is_counted_by_hand():
     ids = planted.minimal().tokens(96, sinks=[30, 50], decoys=[60], seed_name="match")
     ids[33], ids[47] = ids[30], ids[50]  # the same token: 33 nearer to 30, 47 nearer to 50

@@ -241,6 +241,9 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         **TREATED, "factors": several(number(0), one=True), "intervention": one_by_name("rescale"),
     }),
     "norm_and_direction": (lambda: (sc.norm_and_direction, at(layer=6)), {**EXPERIMENT, **TREATED, "layers": NONE, "found": NONE}),
+    "sufficiency": (lambda: (sc.sufficiency, at(layer=6)), {
+        **EXPERIMENT, **TREATED, "layers": NONE, "found": NONE, "onto": NONE, "n_random": whole(),
+    }),
     "mass_account": (lambda: (sc.mass_account, at(layer=6)), {
         **MEASURED, **TREATED, "others": NONE, "intervention": one_by_name("zero"), "no_such": nothing,
     }),
