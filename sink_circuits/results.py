@@ -200,6 +200,17 @@ def frame_digest(frame: pd.DataFrame, meta: str) -> str:
     return hashlib.sha256(f"{meta}{rows}".encode()).hexdigest()
 
 
+class _Meta(dict):
+    """What a result file says beside its arrays. Of another version it may lack something: one sentence says what."""
+
+    def __init__(self, path: Path, entries: Mapping):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise ResultError(f"{self.path} lacks {key!r}, which this version reads: make the result again.")
+
+
 def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
     """What `write_dataset` wrote. Raises ResultError for any other file."""
     from safetensors import SafetensorError, safe_open
@@ -227,7 +238,7 @@ def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
         data = xr.Dataset(
             {name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"]
         )
-        return data, dict(fields["meta"])
+        return data, _Meta(path, fields["meta"])
     except ResultError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -385,3 +385,12 @@ def test_safetensors_of_other_origin_are_refused(tmp_path):
     write_dataset(path, dataset(), {"a": 1}, overwrite=True)
     with pytest.raises(ResultError, match="not an experiment's result"):
         sc.Effect.load(path)
+
+
+def test_a_file_that_lacks_an_entry_says_which(tmp_path):
+    """As a version might have written it that knew no controls."""
+    file = tmp_path / "claims.safetensors"
+    data = xr.Dataset({"value": (("sink",), np.zeros(2))}, coords={"sink": [0, 1]})
+    write_dataset(file, data, {"kind": "claims", "verdicts": {}, "table": {}, "sinks": {}})
+    with pytest.raises(ResultError, match="lacks 'controls', which this version reads: make the result again"):
+        sc.Claims.load(file)
