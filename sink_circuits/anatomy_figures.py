@@ -62,7 +62,7 @@ def mlp_stages_figure(result) -> go.Figure:
     """
     branches = [str(b) for b in result.data["branch"].values]
     same = "cosine with the primary at the same stage"
-    titles = [same] if len(branches) == 1 else [f"{branch}: {same}" for branch in branches]
+    titles = [same] if len(branches) == 1 else [f"{_branch_name(branch)}: {same}" for branch in branches]
     figure = _stacked([*titles, "cosine with the primary direction"], 0.24)
     panels = [(result.data["cosine"].sel(branch=b), result.data["ordinary"].sel(branch=b)) for b in branches]
     panels.append((result.data["direction"], result.data["ordinary_direction"]))
@@ -89,6 +89,12 @@ def mlp_stages_figure(result) -> go.Figure:
     )
     title = "MLP stages: when a sink begins to look like the primary"
     return _finished(figure, title, text, height=190 + 210 * len(panels), bottom=110 if len(sinks) > 6 else 56)
+
+
+def _branch_name(branch: str) -> str:
+    """What a panel of a mixture of experts shows; experts are those of the sink, by rank of their router weight."""
+    named = {"all": "the whole MLP", "rest": "what no expert chosen writes"}
+    return named.get(branch, f"expert of rank {branch.removeprefix('expert ')}")
 
 
 def writers_figure(result) -> go.Figure:
@@ -204,11 +210,11 @@ def levels_figure(result) -> go.Figure:
     """Figure 2 of the study: creation layer by lifetime, colour log(1 + count), counts written in; one panel per model."""
     models, counts = [str(m) for m in result.data["model"].values], result.data["count"].to_numpy()
     starts, lives = (result.data[name].to_numpy() for name in ("l_start", "lifetime"))
-    sizes = zip(counts.sum(axis=(1, 2)).tolist(), result.data["n_prompts"].values.tolist(), strict=True)
-    titles = [
-        f"{safe(m)}: {n} sink{'s' * (n != 1)} in {of} prompt{'s' * (of != 1)}"
-        for m, (n, of) in zip(models, sizes, strict=True)
-    ]
+    sizes = [f"{n} sink{'s' * (n != 1)}" for n in counts.sum(axis=(1, 2)).tolist()]
+    if "n_prompts" in result.data:  # a file of an earlier version has one number for all models
+        of = result.data["n_prompts"].values.tolist()
+        sizes = [f"{size} in {n} prompt{'s' * (n != 1)}" for size, n in zip(sizes, of, strict=True)]
+    titles = [f"{safe(m)}: {size}" for m, size in zip(models, sizes, strict=True)]
     figure = _stacked(titles)
     ticks = [c for c in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000) if c <= counts.max()]
     written = "%{text}" if max(len(starts), len(lives)) <= 40 else ""
@@ -428,12 +434,16 @@ def attention_patterns_figure(result, n_shown: int = 2) -> go.Figure:
             colorbar={**_scale_bar("weight"), "tickvals": np.sqrt(ticks).tolist(), "ticktext": [f"{c:g}" for c in ticks]},
         )  # fmt: skip
         _add(figure, row, heat)
-    named = [label for label, kind in zip(labels, window.tokens["kind"], strict=True) if kind]
-    shared = {"type": "category", "tickmode": "array", "tickvals": named, "showgrid": False}
+    named: list[int] = []
+    for index in np.flatnonzero((window.tokens["kind"] != "").to_numpy()).tolist():
+        named += [index] if not named or index >= named[-1] + 2 else []  # names of neighbours would lie on each other
+    shared = {
+        "type": "category", "tickmode": "array", "tickvals": [labels[i] for i in named], "showgrid": False, "tickfont_size": 10,
+    }  # fmt: skip
     figure.update_xaxes(
-        **shared, showticklabels=True, tickangle=-60 if len(named) > 3 else 0, title_text="key (named: sinks)"
+        **shared, showticklabels=True, tickangle=-60 if len(named) > 1 else 0, title_text="key (named: sinks)"
     )
-    figure.update_yaxes(**shared, autorange="reversed", title_text="query", tickfont_size=10, automargin=True)
+    figure.update_yaxes(**shared, autorange="reversed", title_text="query", automargin=True)
     n = len(window.tokens)
     text = (
         f"{model_of(result)}, {window.tokens['prompt'].iloc[0]}: weights between {n} positions around its sinks, and some of the "

@@ -358,10 +358,82 @@ def test_a_mixture_of_experts_comes_apart_by_expert(name):
         name == "qwen2_moe"
     )  # its shared expert
     assert [line.split(":")[0] for line in result.missing()] == (["activation"] if name == "gpt_oss" else [])
-    with pytest.raises(
-        InputError, match="layer 1 is a mixture of experts: one list of its neurons does not exist here"
-    ):
-        anatomy.neurons(model, [ids], sinks, layer=1, **QUIET)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "gpt_oss"])
+def test_the_neurons_of_the_experts_that_a_sink_is_sent_to(name):
+    """Against the plain model's own experts; with a shared expert, and with biases and another product (GPT-OSS)."""
+    ids = torch.arange(3, 43)
+    ids[[20, 30]] = int(ids[9])
+    sinks = sinks_at(("prompt-0", 9), token_ids={"prompt-0": ids})
+    result = anatomy.neurons(load(name), [ids], sinks, layer=1, **QUIET)
+    plain, _, _ = architectures.build(name)
+    block, given, residuals, written = eager.blocks_of(plain)[1], [], [], []
+    block.mlp.experts.register_forward_pre_hook(
+        lambda m, args, kwargs: given.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    block.register_forward_hook(lambda m, a, out: residuals.append((out[0] if isinstance(out, tuple) else out)[0]))
+    block.mlp.register_forward_hook(lambda m, a, out: written.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        plain(ids[None])
+        x, chosen, weight = given[0]
+        u = primary_direction(residuals[0][None], 0)
+        order, experts = weight[9].argsort(descending=True), block.mlp.experts
+        assert list(dict.fromkeys(result.data["expert"].values[0].tolist())) == chosen[9][order].tolist()
+        whole = 0.0
+        for rank in order.tolist():
+            expert = int(chosen[9, rank])
+            units = np.flatnonzero(result.data["expert"].values[0] == expert)
+            assert result.data["unit"].values[0, units].tolist() == list(range(32 if "qwen" in name else 96))
+            # A neuron's write: what the expert gives less what it gives with that column of its down-projection gone.
+            one_weight, index = torch.ones(1, 1), torch.tensor([[expert]])
+            full = experts(x[9:10], index, one_weight)[0] * weight[9, rank]
+            for unit_ in (0, 7):
+                down = experts.down_proj
+                kept = down[expert].clone()
+                (down.data[expert][unit_] if name == "gpt_oss" else down.data[expert][:, unit_]).zero_()
+                part = full - experts(x[9:10], index, one_weight)[0] * weight[9, rank]
+                down.data[expert] = kept
+                assert float(result.data["write"][0, units[unit_]]) == pytest.approx(float(part @ u), abs=1e-6)
+            whole = whole + full @ u
+        along = written[0].reshape(-1, 64)[9] @ u
+    total = float(result.data["write"].sum() + result.data["bias"][0])
+    assert (
+        total == pytest.approx(float(along), abs=1e-5) == pytest.approx(float(result.data["contribution"][0]), abs=1e-5)
+    )
+    assert (float(result.data["bias"][0]) == pytest.approx(0, abs=1e-6)) == (name == "qwen3_moe")
+    assert result.data["n_same_token"].values.tolist() == [2] and result.data["same_token"].notnull().all()
+    assert re.fullmatch(r"(E\d+N\d+, ){4}E\d+N\d+", result.summary()["largest"][0])
+    assert result.recurring()["neuron"].str.startswith("E").all() and result.plot().data
+
+
+def test_removing_an_experts_neurons_is_what_plain_hugging_face_says():
+    ids = torch.arange(3, 43)
+    sinks, model = sinks_at(("prompt-0", 9), token_ids={"prompt-0": ids}), load("qwen2_moe")
+    carrying = anatomy.neurons(model, [ids], sinks, layer=1, **QUIET)
+    effect = anatomy.ablate_neurons(model, [ids], sinks, carrying, n=3, n_random=1, min_queries=4, **QUIET)
+    plain, _, _ = architectures.build("qwen2_moe", attn_implementation="eager")
+    block, given = plain.model.layers[1].mlp, []
+    block.experts.register_forward_pre_hook(lambda m, args: given.append(args))
+    part = torch.zeros(64)
+    with torch.no_grad():
+        plain(ids[None])
+        x, chosen, weight = given[0]
+        for neuron in carrying.named(0, 3):
+            expert, unit_ = (int(carrying.data[what][0, neuron]) for what in ("expert", "unit"))
+            gate, up = (x[9] @ block.experts.gate_up_proj[expert].T).chunk(2)
+            product = torch.nn.functional.silu(gate) * up * weight[9][chosen[9] == expert]
+            part += product[unit_] * block.experts.down_proj[expert][:, unit_]
+
+        def without(module, args, out):
+            out = out.clone()
+            out[0, 9] -= part
+            return out
+
+        block.register_forward_hook(without)
+        pattern = plain(ids[None], output_attentions=True).attentions[3][0]
+    score = effect.data["score"].sel(edit="named", layer=3, sink=0)
+    np.testing.assert_allclose(score, pattern[:, 10:, 9].mean(dim=1), atol=1e-5)
 
 
 def test_experts_add_up():
@@ -472,6 +544,8 @@ def test_levels_count_sinks_and_records(tmp_path):
         np.array(figure.data[1].z), np.log1p(result.data["count"].sel(model="published").to_numpy().T)
     )
     assert figure.data[1].zmax == pytest.approx(math.log(4))
+    older = type(result)(result.data.drop_vars("n_prompts"), result.table, result.manifest).plot()
+    assert older.layout.annotations[1].text == "published: 3 sinks"
     everything = anatomy.levels({"published": tmp_path / "r.jsonl"}, kinds=("secondary", "noise"))
     assert int(everything.data["count"].sel(l_start=9, lifetime=1).sum()) == 1
     with pytest.raises(InputError, match="no sinks of kind bos_sink"):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import statistics
-from sink_circuits.anatomy.mlp import checked_output, dense_mlp
+from sink_circuits.anatomy.mlp import ChosenExperts, Experts, checked_output, mlp_of
 from sink_circuits.anatomy.reading import (
     activations,
     candidates_in,
@@ -42,6 +42,10 @@ class Neurons(Anatomy):
     ordinary tokens; `same_token`, over those of the sink's own token id (NaN without any; `n_same_token` [sink]);
     `post`, the activation. What the input looks like: `cos_in`, `cos_gate`, the cosine of the MLP's input at the sink with the neuron's
     columns of W_in and W_gate (NaN: not gated), and `same_token_cos_in`, `same_token_cos_gate`. `layer` [sink].
+
+    In a mixture of experts the neurons are those of the experts that the sink is sent to, one expert after the other by rank of
+    its router weight: `expert`, its number (-1: not a mixture), `unit`, the neuron's number within it. `post` and the writes
+    hold the router's weight (0 for tokens that are sent elsewhere); shared experts stand in `bias`.
     """
 
     kind: ClassVar[str] = "neurons"
@@ -88,10 +92,18 @@ class Neurons(Anatomy):
             raise InputError(f"n = {n} neurons: at least 1, at most {self.data.sizes['neuron']}.")
         return [int(i) for i in np.argsort(-self.data["write"].to_numpy()[sink], kind="stable")[:n]]
 
+    def name_of(self, sink: int, neuron: int) -> str:
+        """A neuron as it is called: its number, or "E3N17" for number 17 of expert 3."""
+        if "expert" not in self.data:  # a file of an earlier version
+            return str(neuron)
+        expert, unit = (int(self.data[name][sink, neuron]) for name in ("expert", "unit"))
+        return str(unit) if expert < 0 else f"E{expert}N{unit}"
+
     def summary(self) -> pd.DataFrame:
         """One row per sink: layer, contribution . u, how few neurons carry 50 and 90 %, participation ratio, the largest ones."""
         names = [
-            ", ".join(map(str, self.named(sink, min(5, self.data.sizes["neuron"])))) for sink in range(len(self.table))
+            ", ".join(self.name_of(sink, one) for one in self.named(sink, min(5, self.data.sizes["neuron"])))
+            for sink in range(len(self.table))
         ]
         return self.table.assign(
             layer=self.data["layer"].to_numpy(), contribution=self.data["contribution"].to_numpy(), n_50=self.carriers(0.5),
@@ -102,8 +114,9 @@ class Neurons(Anatomy):
         """Neurons by layer: at how many sinks each is among the n largest, and its mean share of their contribution . u."""
         shares = self.data["write"].to_numpy() / self.data["contribution"].to_numpy()[:, None]
         layer = self.data["layer"].to_numpy()
+        is_mixture = "expert" in self.data and bool((self.data["expert"] >= 0).any())
         rows = [
-            (layer[sink], one, shares[sink, one])
+            (layer[sink], self.name_of(sink, one) if is_mixture else one, shares[sink, one])
             for sink in range(len(self.table))
             for one in self.named(sink, min(n, shares.shape[1]))
         ]
@@ -119,12 +132,17 @@ def neurons(
 ) -> Neurons:  # fmt: skip
     """The neurons that carry the forming write of each sink, and what their input looks like.
 
-    `layer`: a number, "l_start", or "forming" (found by a layer map unless `forming` is given). Raises InputError for a
-    mixture of experts, ModelError when neurons do not add up to the contribution.
+    `layer`: a number, "l_start", or "forming" (found by a layer map unless `forming` is given). In a mixture of experts: the neurons of
+    the experts that the sink is sent to. Raises InputError for layers of which only some are mixtures, ModelError when neurons
+    do not add up to the contribution or experts' weights cannot be read.
     """
     tokens, table = prepare(model, tokens, sinks, attention_mask)
     layers = layers_of(model, tokens, sinks, layer, forming, verbose)
-    mlps = {one: dense_mlp(model, one) for one in set(layers)}
+    mlps = {one: mlp_of(model, one) for one in set(layers)}
+    if len({isinstance(one, Experts) for one in mlps.values()}) > 1:
+        raise InputError(
+            f"of layers {sorted(mlps)} only some are mixtures of experts: take the sinks of one layer at a time."
+        )
     rows: list[dict[str, np.ndarray]] = [{} for _ in layers]
     for text in texts(model, tokens, sinks, verbose=verbose):
         inputs = activations(model, text.ids, mlp_inputs={layers[row] for row in text.rows})
@@ -148,6 +166,10 @@ def _one_sink(mlp, inputs: Tensor, text, row) -> dict[str, np.ndarray]:
     positions = [int(row["pos"]), *ordinary]
     contribution = text.clean.contribution[mlp.layer, positions]
     x = inputs[positions]
+    if isinstance(mlp, Experts):
+        mlp = mlp.at(x[:1])
+    # Tokens that are sent to other experts are not made up of these neurons.
+    summed = slice(0, 1) if isinstance(mlp, ChosenExperts) else slice(None)
     output = checked_output(mlp, x, contribution)
     unit = primary_direction(text.clean, mlp.layer, int(row["primary_pos"]))
     scale, gain = (part.float() for part in linear_gains(mlp.post_norm, output))
@@ -156,13 +178,20 @@ def _one_sink(mlp, inputs: Tensor, text, row) -> dict[str, np.ndarray]:
     bias = scale[:, 0] * (b_out @ (gain * unit))
     along = contribution.float() @ unit
     check_equal(
-        writes.sum(dim=-1) + bias, along, f"the neurons of layer {mlp.layer} do not add up to its contribution", x.dtype
+        (writes.sum(dim=-1) + bias)[summed],
+        along[summed],
+        f"the neurons of layer {mlp.layer} do not add up to its contribution",
+        x.dtype,
     )
     index = [1 + ordinary.index(pos) for pos in same]
     found = {
         "write": writes[0], "ordinary": writes[1:].mean(dim=0), "same_token": _mean(writes[index]), "post": mlp.post(x[:1])[0].float(),
         "contribution": along[0], "bias": bias[0], "n_same_token": torch.tensor(len(same)),
     }  # fmt: skip
+    width = writes.shape[1]
+    numbers = mlp.numbers if isinstance(mlp, ChosenExperts) else (-1,)
+    found["expert"] = torch.tensor(numbers).repeat_interleave(width // len(numbers))
+    found["unit"] = torch.arange(width) % (width // len(numbers))
     for name, weights in (("in", mlp.W_in), ("gate", mlp.W_gate)):
         cosines = torch.full_like(writes, torch.nan) if weights is None else _cosines(x.float(), weights.float())
         found[f"cos_{name}"], found[f"same_token_cos_{name}"] = cosines[0], _mean(cosines[index])
@@ -197,18 +226,33 @@ def ablate_neurons(
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
         raise InputError(f"n_random = {n_random!r}: a whole number, at least 1; 19 allow p <= 0.05.")
     layers, post = found.data["layer"].to_numpy(), torch.as_tensor(found.data["post"].to_numpy())
-    mlps = {int(one): dense_mlp(model, int(one)) for one in set(layers)}
+    mlps = [
+        _as_one(mlp_of(model, int(one)), numbers)
+        for one, numbers in zip(layers, found.data["expert"].to_numpy(), strict=True)
+    ]
     named = [found.named(sink, n, share) for sink in range(len(table))]
     labels = ["named", *(f"random {draw}" for draw in range(n_random))]
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
         sink = cast(int, row.name)  # the table's index counts its rows
         chosen = named[sink] if label == "named" else _others(named[sink], post.shape[1], label, row)
-        part = neuron_part(mlps[int(layers[sink])], post[sink : sink + 1], chosen)
+        part = neuron_part(mlps[sink], post[sink : sink + 1], chosen)
         return (without_neurons(int(layers[sink]), int(row["pos"]), part),)
 
     settings = {"n": n, "share": share, "n_random": n_random, "neurons": str(named)}
     return measure(model, tokens, sinks, labels, edits, what="ablate_neurons", settings=settings, **options)
+
+
+def _as_one(mlp, numbers: np.ndarray):
+    """The MLP whose neurons were measured at a sink: the experts chosen there, in a mixture."""
+    if not isinstance(mlp, Experts):
+        return mlp
+    if mlp.post_norm is not None:
+        raise InputError(
+            f"a norm stands behind the experts of layer {mlp.layer}: what one neuron's removal leaves of it is not known here; "
+            "neurons() still says what each writes."
+        )
+    return mlp.of(list(dict.fromkeys(numbers.tolist())))
 
 
 @torch.no_grad()

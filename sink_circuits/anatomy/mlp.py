@@ -7,7 +7,7 @@ against what the model itself adds to the residual stream, so a wrong guess abou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sink_circuits.anatomy.reading import check_equal, norms_behind
-from sink_circuits.errors import InputError, ModelError
+from sink_circuits.errors import ModelError
 from sink_circuits.models import backend_of
 
 STAGES = ("input", "gate", "up", "activation", "product", "output")
@@ -109,6 +109,39 @@ class Experts:
         """What each position's chosen expert adds, times its weight."""
         return self.experts(x, expert[:, None], weight[:, None].to(x.dtype))
 
+    def at(self, x: Float[Tensor, "1 d_model"]) -> ChosenExperts:
+        """The experts that the router chose for one position's input, as one MLP. Raises ModelError where weights cannot be read."""
+        output, index, weight = self.route(x)
+        numbers = index[0].tolist()
+        rest, bias = output[0], torch.zeros_like(output[0])
+        for rank, expert in enumerate(numbers):
+            rest = rest - self.written(x, index[:, rank], weight[:, rank])[0]
+            bias = bias + weight[0, rank] * _bias(self.experts, "down_proj_bias", expert)
+        return self.of(numbers, rest + bias)
+
+    def of(self, numbers: Sequence[int], b_out: Tensor | float = 0.0) -> ChosenExperts:
+        """These experts as one MLP. Raises ModelError where their weights cannot be read."""
+        packed, down = (getattr(self.experts, name, None) for name in ("gate_up_proj", "down_proj"))
+        if not isinstance(packed, Tensor) or not isinstance(down, Tensor):
+            raise ModelError(
+                f"the weights of the experts of layer {self.layer} cannot be read: their neurons are not known, only what each expert "
+                "writes (mlp_stages)."
+            )
+        transposed = bool(getattr(self.experts, "is_transposed", False))
+        both = [self._halves(packed[one] if transposed else packed[one].T) for one in numbers]
+        W_gate, W_in = (torch.cat(parts, dim=-1).detach() for parts in zip(*both, strict=True))
+        W_out = torch.cat([down[one] if transposed else down[one].T for one in numbers]).detach()
+        return ChosenExperts(
+            self.layer, self, tuple(int(one) for one in numbers), W_in, W_gate, W_out, b_out, self.post_norm
+        )
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up, which lie packed in the last axis."""
+        if getattr(self.experts, "is_concatenated", True):
+            gate, up = both.chunk(2, dim=-1)
+            return gate, up
+        return both[..., ::2], both[..., 1::2]
+
     def stages(self, x: Float[Tensor, "pos d_model"], expert: int) -> dict[str, Rows]:
         """The stages of one expert on these inputs, whether they are sent to it or not; only those that can be read.
 
@@ -131,15 +164,42 @@ class Experts:
         check_equal(
             by_hand, output, f"expert {expert} of layer {self.layer}, computed from its weights, differs", x.dtype
         )
-        gate, up = (
-            both.chunk(2, dim=-1)
-            if getattr(self.experts, "is_concatenated", True)
-            else (both[..., ::2], both[..., 1::2])
-        )
+        gate, up = self._halves(both)
         found = {"input": x, "gate": gate, "up": up, "product": product, "output": output}
         if activation is not None and torch.allclose(activation(gate) * up, product, atol=1e-6, rtol=1e-4):
             found["activation"] = activation(gate)  # elsewhere (GPT-OSS) the product is no activation times up
         return {name: found[name] for name in STAGES if name in found}
+
+
+@dataclass(frozen=True)
+class ChosenExperts:
+    """Some experts of a mixture as one MLP: their neurons one expert after the other, `numbers` their order.
+
+    Weights as in `Mlp`, [d_model, rank * d_mlp] and [rank * d_mlp, d_model]. `b_out` [d_model]: what none of their neurons
+    writes at the position where they were chosen (shared experts, biases).
+    """
+
+    layer: int
+    experts: Experts
+    numbers: tuple[int, ...]
+    W_in: Float[Tensor, "d_model neuron"]
+    W_gate: Float[Tensor, "d_model neuron"]
+    W_out: Float[Tensor, "neuron d_model"]
+    b_out: Tensor | float
+    post_norm: Callable[[Tensor], Tensor] | None
+
+    def output(self, x: Float[Tensor, "pos d_model"]) -> Rows:
+        """What the whole mixture gives for these inputs, before any norm that follows it."""
+        return self.experts.output(x)
+
+    def post(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos neuron"]:
+        """The neurons' activations times the router's weight of their expert: 0 where a position is not sent to it."""
+        _, index, weight = self.experts.route(x)
+        parts = []
+        for expert in self.numbers:
+            own = (weight * (index == expert)).sum(dim=-1, keepdim=True)
+            parts.append(self.experts.stages(x, expert)["product"] * own.to(x.dtype))
+        return torch.cat(parts, dim=-1)
 
 
 def mlp_of(model, layer: int) -> Mlp | Experts:
@@ -176,20 +236,9 @@ def mlp_of(model, layer: int) -> Mlp | Experts:
     )
 
 
-def dense_mlp(model, layer: int) -> Mlp:
-    """`mlp_of`, where neurons are needed. Raises InputError for a mixture of experts."""
-    mlp = mlp_of(model, layer)
-    if isinstance(mlp, Experts):
-        raise InputError(
-            f"the MLP of layer {layer} is a mixture of experts: one list of its neurons does not exist here; "
-            "mlp_stages gives the part of each expert."
-        )
-    return mlp
-
-
 @torch.no_grad()
 def checked_output(
-    mlp: Mlp | Experts, x: Float[Tensor, "pos d_model"], contribution: Float[Tensor, "pos d_model"]
+    mlp: Mlp | Experts | ChosenExperts, x: Float[Tensor, "pos d_model"], contribution: Float[Tensor, "pos d_model"]
 ) -> Rows:
     """The output of each position, before any norm behind the MLP; ModelError when it is not what the model adds."""
     output = mlp.output(x)

@@ -64,7 +64,15 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
         write, whole = neurons.data["write"].to_numpy()[row].astype(float), float(neurons.data["contribution"][row])
         for index in np.argsort(-write, kind="stable")[:n]:
             if whole > 0 and write[index] > 0:
-                rows.append(("neuron", f"neuron {index}", mlp, int(neurons.data["layer"][row]), write[index] / whole))
+                rows.append(
+                    (
+                        "neuron",
+                        f"neuron {neurons.name_of(row, index)}",
+                        mlp,
+                        int(neurons.data["layer"][row]),
+                        write[index] / whole,
+                    )
+                )
     row = None if heads is None else _row_of(heads.table, own)
     if heads is not None and row is not None:
         found = zip(*(heads.data[name].to_numpy()[row] for name in ("layer", "head", "score")), strict=True)
