@@ -12,6 +12,9 @@ from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ModelError
 from sink_circuits.prompts import Tokens, as_tokens
 
+PARTS = ("mlp_stages", "writers", "neurons", "key_query_geometry", "attention_patterns")
+"""Functions of `anatomy`, and the kinds of what they return."""
+
 
 def strongest_sink(sinks: Sinks, forming: pd.Series | None = None) -> tuple[Sinks, pd.Series | None]:
     """The sink with the highest defined score, those that are no primary first, and its forming layer where one is given."""
@@ -43,13 +46,11 @@ def anatomy_of_one(
         from sink_circuits.anatomy.reading import layers_of
 
         layer = {"layer": layers_of(model, text, one, "forming", None, verbose)[0]}
-    parts: tuple[tuple[str, Callable[..., Anatomy], dict], ...] = (
-        ("mlp_stages", anatomy.mlp_stages, layer), ("writers", anatomy.writers, {}), ("neurons", anatomy.neurons, layer),
-        ("key_query_geometry", anatomy.key_query_geometry, {}), ("attention_patterns", anatomy.attention_patterns, {}),
-    )  # fmt: skip
     results: list[Anatomy] = []
     missing: list[str] = []
-    for name, part, options in parts:
+    for name in PARTS:
+        part: Callable[..., Anatomy] = getattr(anatomy, name)
+        options = layer if name in ("mlp_stages", "neurons") else {}
         try:
             results.append(part(model, text, one, verbose=False, **options))
         except (InputError, ModelError) as error:

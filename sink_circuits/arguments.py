@@ -122,9 +122,19 @@ def iterable(values, name: str, remedy: str) -> Any:
 
 
 def path(value, name: str = "path") -> Path:
-    """`value` as a Path. Raises InputError unless it is a string or a path that can name a file."""
+    """`value` as a Path. Raises InputError unless it is a string or a path that can name a file, which may be missing."""
     if not isinstance(value, str | os.PathLike) or not str(value) or "\0" in str(value):
         raise InputError(f"{name} = {shown(value)}: give the path of a file.")
+    try:
+        os.stat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} = {shown(value)}: give the path of a file.") from error
+    except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
+        raise InputError(
+            f"{name} = {shown(str(value))} cannot be reached ({error.strerror}): check the path."
+        ) from error
     return Path(value)
 
 

@@ -193,6 +193,7 @@ class Detect:
     def run(self) -> None:
         _free(self.output.out, self.output.overwrite)
         _check_suffix(self.output.out, (".parquet", ".csv", ".jsonl"))
+        _check_memory(self.output.memory)
         if self.output.out and self.output.out.suffix == ".jsonl" and self.method != "official":
             raise InputError(
                 f"{self.output.out} is in the published format, which holds official detections: add --method official."
@@ -487,6 +488,9 @@ class Demo:
     """No progress bars."""
 
     def run(self) -> None:
+        from sink_circuits import arguments
+
+        arguments.path(self.folder, "--folder")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not self.overwrite:
             raise ResultError(
                 f"folder {self.folder} exists and is not empty: choose another --folder, or pass --overwrite."
@@ -592,6 +596,7 @@ def _experiment(command, experiment):
         raise InputError(
             f"figure {output.figure} needs the package kaleido: pip install 'sink-circuits[static]', or name .html."
         )
+    _check_memory(output.memory)
     model, tokens = _load(
         command.model, command.texts, given, selection=selection, layers=command.layers, verbose=not output.quiet
     )
@@ -655,6 +660,13 @@ def _free(target: Path | None, overwrite: bool) -> None:
         from sink_circuits.results import check_target
 
         check_target(target, overwrite=overwrite)
+
+
+def _check_memory(memory: float | None) -> None:
+    if memory is not None:
+        from sink_circuits.memory import check_memory
+
+        check_memory(memory)
 
 
 def _check_suffix(target: Path | None, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sink_circuits.anatomy_of_one import anatomy_of_one
+from sink_circuits.anatomy_of_one import PARTS, anatomy_of_one
 from sink_circuits.controls import with_controls
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError
@@ -20,9 +20,11 @@ RESULTS = (
     "dose_response.safetensors",
     "ablation.safetensors",
     "controls.safetensors",
+    "token_scores.safetensors",
+    *(f"{name}.safetensors" for name in PARTS),
     "report.html",
 )
-"""What `run` writes, in this order."""
+"""What `run` writes, in this order; parts of the anatomy that the model does not have are not there."""
 N_RANDOM = 5
 """Random perturbations per sink in the demo: few, for its time."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
-from sink_circuits.arguments import is_whole, shown
+from sink_circuits.arguments import MOST, is_whole, shown
 from sink_circuits.detection import COLUMNS, Sinks, Thresholds, find_sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
@@ -73,7 +73,7 @@ def measure(
     labels = check_labels(labels)
     own = as_outcomes(outcomes)
     tokens = as_tokens(model, tokens, attention_mask)
-    table = _check_sinks(sinks, tokens)
+    table = _check_sinks(sinks, tokens, adapter.n_layers)
     plan = plan_of(edits_of, labels, table)
     for row, cells in zip(table.itertuples(), plan, strict=True):
         n_positions = len(tokens.ids[tokens.names.index(row.prompt)])
@@ -259,10 +259,12 @@ def as_edits(made) -> tuple[Edit, ...]:
     return tuple(arguments.instance(edit, "what edits_of returns", Edit, remedy) for edit in made)
 
 
-def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
+def _check_sinks(sinks: Sinks, tokens: Tokens, n_layers: int = MOST) -> pd.DataFrame:
+    """The table of sinks (index 0..n-1). Raises InputError unless it is one of sinks in these tokens, in a model of so many layers."""
     if not isinstance(sinks, Sinks):
         raise InputError(f"sinks of type {type(sinks).__name__} cannot be read: pass what find_sinks returns.")
-    table = sinks.table.reset_index(drop=True)
+    table = arguments.instance(sinks.table, "the sinks' table", pd.DataFrame, "pass what find_sinks returns")
+    table = table.reset_index(drop=True)
     if lacking := [name for name in COLUMNS[:10] if name not in table]:
         raise InputError(f"the sink table lacks the column {lacking[0]!r}: pass what find_sinks returns.")
     if not len(table):
@@ -279,6 +281,11 @@ def _check_sinks(sinks: Sinks, tokens: Tokens) -> pd.DataFrame:
         if not there or int(ids[row.pos]) != row.token_id:
             raise InputError(
                 f"the sink at position {row.pos} of prompt {row.prompt!r} is another token there: pass the tokens it was found in."
+            )
+        if not (is_whole(row.l_start) and is_whole(row.l_end) and 0 <= row.l_start <= row.l_end < n_layers):
+            raise InputError(
+                f"the sink at position {row.pos} of prompt {row.prompt!r} lives in layers {shown(row.l_start)}..{shown(row.l_end)}, "
+                "which this model has not: pass sinks that were found in it."
             )
     return table
 
@@ -366,7 +373,8 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
 def _check_layers(layers, n_layers: int) -> None:
     for one in layers:
         if not is_whole(one) or not 0 <= one < n_layers:
-            raise InputError(f"layer {shown(one)} is out of range: the model has layers 0..{n_layers - 1}.")
+            there = f"the model has layers 0..{n_layers - 1}" if n_layers < MOST else "layers are counted from 0"
+            raise InputError(f"layer {shown(one)} is out of range: {there}.")
 
 
 def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping):

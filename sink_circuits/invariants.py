@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sink_circuits.errors import InputError
 from sink_circuits.interventions import custom, zero
 from sink_circuits.models import TOLERANCES, Check, adapt
 from sink_circuits.runs import Columns, EditedRun, run_clean, run_edited
@@ -25,6 +26,10 @@ def check_invariants(model) -> tuple[Check, ...]:
     adapter = adapt(model)
     generator = torch.Generator().manual_seed(seed_of("invariants") % 2**63)
     n_tokens = min(N_TOKENS, adapter.n_ctx)
+    if n_tokens < 2:
+        raise InputError(
+            f"the model's context is {adapter.n_ctx} token: at least 2 are needed for attention to differ."
+        )
     tokens = torch.randint(0, adapter.cfg.d_vocab, (n_tokens,), generator=generator).to(adapter.device)
     position, layer = min(POSITION, n_tokens // 2), adapter.n_layers // 2
     no_op = custom(layer, position, lambda c: c.clone(), "no-op")

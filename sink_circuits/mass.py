@@ -190,7 +190,7 @@ def measure_mass(
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     tokens = as_tokens(model, tokens, attention_mask)
-    table = _check_sinks(sinks, tokens)
+    table = _check_sinks(sinks, tokens, adapter.n_layers)
     known = table if found is None else pd.concat([table, found.table], ignore_index=True)
     plan = plan_of(edits_of, labels, table)
     for prompt, cells in zip(table["prompt"], plan, strict=True):

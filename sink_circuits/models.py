@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,28 +19,20 @@ from sink_circuits import arguments, weights
 from sink_circuits.arguments import shown
 from sink_circuits.attention import AttentionForm
 from sink_circuits.conversion import loader_bars
-from sink_circuits.errors import ModelError
-from sink_circuits.twin import Twin, TwinRefused, fingerprint, plain_module
-
-CHECK_TOKENS = 24
-"""Tokens of the text on which a model is checked: long enough for every block to mix positions, short enough to cost nothing."""
-
-TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-"""Largest relative error a check accepts: about 20 times what was measured on SmolLM2, Gemma 3 and small random models."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of a model on itself: what was compared, the error found and the largest one accepted."""
-
-    name: str
-    error: float
-    limit: float
-    remedy: str
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.limit
+from sink_circuits.errors import InputError, ModelError
+from sink_circuits.load_checks import (  # noqa: F401 (tolerances and errors are read from here elsewhere)
+    CHECK_TOKENS,
+    TOLERANCES,
+    Check,
+    check_finite,
+    check_plain,
+    check_reference,
+    check_shapes,
+    check_twin,
+    reference_pass,
+    relative_error,
+)
+from sink_circuits.twin import Twin, TwinRefused, fingerprint
 
 
 @dataclass(frozen=True)
@@ -125,11 +119,13 @@ def adapt(model) -> Adapter:
     Raises ModelError, naming the failed check and the remedy, for a model whose hooks do not mean what they should.
     """
     backend_of(model)
-    state = (fingerprint(model), _has_user_hooks(model))  # hooks of the user's change what the checks would see
+    modules = _modules(model)
+    # Hooks of the user's change what the checks would see; in training mode every run draws its own dropout.
+    state = (fingerprint(model), _has_user_hooks(modules), _drops_out(modules))
     kept = model.__dict__.get("_sink_circuits_adapter")
     if kept is not None and kept[0] == state:
         return kept[1]
-    made = _make_adapter(model)
+    made = _make_adapter(model, modules)
     model.__dict__["_sink_circuits_adapter"] = (state, made)
     return made
 
@@ -144,14 +140,55 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _has_user_hooks(model) -> bool:
-    return any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
+OF_LIBRARIES = ("transformers", "transformer_lens", "torch", "accelerate")
+"""Packages whose own hooks and forwards belong to the model."""
 
 
-def _make_adapter(model) -> Adapter:
+def _modules(model) -> list[nn.Module]:
+    return list(getattr(model, "original_model", model).modules())
+
+
+def _has_user_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Hooks of TransformerLens' or of torch's, or a `forward` put in a module's place, that are none of the libraries' own."""
+    for state in map(vars, modules):
+        # TransformerLens 4.3 says which function a handle is of, and puts some of its own there.
+        handles = (*state.get("fwd_hooks", ()), *state.get("bwd_hooks", ()))
+        if any(_package_of(getattr(handle, "user_hook", None)) not in OF_LIBRARIES for handle in handles):
+            return True
+        functions = (
+            *state["_forward_hooks"].values(),
+            *state["_forward_pre_hooks"].values(),
+            *filter(None, [state.get("forward")]),
+        )
+        if any(_package_of(function) not in (*OF_LIBRARIES, "sink_circuits") for function in functions):
+            return True
+    return False
+
+
+def _package_of(function) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+
+
+def _drops_out(modules: Iterable[nn.Module]) -> bool:
+    """Whether anything drops out: in training mode, at a rate above 0, in modules of their own or by a number that attention holds."""
+    for part in modules:
+        state = vars(part)
+        if state["training"] and any(
+            isinstance(rate := state.get(name), float) and rate > 0 and (name != "p" or isinstance(part, nn.Dropout))
+            for name in ("p", "attention_dropout", "dropout")
+        ):
+            return True
+    return False
+
+
+def _make_adapter(model, modules: Sequence[nn.Module]) -> Adapter:
     backend = backend_of(model)
-    inner = getattr(model, "original_model", model)
-    if inner.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in inner.modules()):
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the meta device holds no numbers: load the model's weights first.")
+    hooked = _has_user_hooks(modules)
+    if _drops_out(modules):
         raise ModelError(
             "the model is in training mode, where dropout makes every run different: call model.eval() first."
         )
@@ -167,7 +204,7 @@ def _make_adapter(model) -> Adapter:
     twin, refusal = None, ""
     if backend == "hooked":
         refusal = "HookedTransformer has no Hugging Face module behind it"
-    elif _has_user_hooks(model):
+    elif hooked:
         refusal = "hooks of your own stand on the model"
     elif processed:
         refusal = f"the weights were processed ({', '.join(processed)})"
@@ -176,21 +213,25 @@ def _make_adapter(model) -> Adapter:
             twin = Twin.of_bridge(model)
         except TwinRefused as error:
             refusal = str(error)
-    comparable = backend == "bridge" and not processed and not _has_user_hooks(model)
+        except Exception as error:  # as below
+            refusal = f"{type(error).__name__}: {error}"
+    comparable = backend == "bridge" and not processed and not hooked
     draft = Adapter(model, backend, twin, refusal, processed, parallel, (), "", ())
     try:
-        reference = _reference_pass(draft)
+        reference = reference_pass(draft)
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"a forward pass over {CHECK_TOKENS} tokens fails ({first}): check that weights and configuration belong together."
+            f"a forward pass over {CHECK_TOKENS} tokens fails ({first}): check that weights and configuration belong together, or use "
+            "another architecture."
         ) from error
-    _check_shapes(draft, reference)
-    checks = _check_reference(draft, reference) + (_check_plain(model, reference) if comparable else ())
+    check_shapes(draft, reference)
+    check_finite(reference)
+    checks = check_reference(draft, reference) + (check_plain(model, reference) if comparable else ())
     for check in checks:
-        if not check.passed and _has_user_hooks(model):
+        if not check.passed and hooked:
             raise ModelError(
                 f"check {check.name!r} failed while hooks of your own stand on the model: call model.reset_hooks() and add them "
                 "inside the run, with run_with_hooks."
@@ -202,7 +243,7 @@ def _make_adapter(model) -> Adapter:
     forms: tuple[AttentionForm, ...] = ()
     if twin is not None:
         try:
-            forms, twin_checks = _check_twin(draft, reference)
+            forms, twin_checks = check_twin(draft, reference)
             checks = (*checks, *twin_checks)
             failed = [c for c in twin_checks if not c.passed]
             if failed:
@@ -245,162 +286,6 @@ def find_processing(model, backend: str) -> tuple[str, ...]:
     if embed.float().mean(-1).abs().max() < 1e-5 * embed.float().abs().mean():
         found.append("centred writing weights")
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    tokens: Tensor
-    resid_post: list[Tensor]
-    base: list[Tensor]
-    contribution: list[Tensor]
-    pattern: list[Tensor]
-    logits: Tensor
-
-
-def _check_text(model) -> Tensor:
-    generator = torch.Generator().manual_seed(int.from_bytes(b"sink_circuits check text"[:7], "big"))
-    length = min(CHECK_TOKENS, model.cfg.n_ctx)
-    return torch.randint(0, model.cfg.d_vocab, (length,), generator=generator)
-
-
-@torch.no_grad()
-def _reference_pass(adapter: Adapter) -> _Reference:
-    model = adapter.model
-    tokens = _check_text(model).to(adapter.device)
-    names = [
-        name
-        for layer in range(adapter.n_layers)
-        for name in (
-            *adapter.base_hooks(layer), adapter.contribution_hook(layer), adapter.pattern_hook(layer), f"blocks.{layer}.hook_resid_post",
-        )
-    ]  # fmt: skip
-    logits, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in set(names))
-    missing = [name for name in names if name not in cache]
-    if missing:
-        raise ModelError(
-            f"hook {missing[0]} did not fire on a forward pass: this model cannot be measured through its hooks."
-        )
-    layers = range(adapter.n_layers)
-    return _Reference(
-        tokens=tokens,
-        resid_post=[cache[f"blocks.{layer}.hook_resid_post"] for layer in layers],
-        base=[sum(cache[name] for name in adapter.base_hooks(layer)) for layer in layers],
-        contribution=[cache[adapter.contribution_hook(layer)] for layer in layers],
-        pattern=[cache[adapter.pattern_hook(layer)] for layer in layers],
-        logits=logits,
-    )
-
-
-def _check_shapes(adapter: Adapter, reference: _Reference) -> None:
-    """Raises ModelError for hooks without the residual stream's axes: a position would be taken for a row of the batch."""
-    for layer, resid in enumerate(reference.resid_post):
-        for name, found in (
-            ("base", reference.base[layer]),
-            (adapter.contribution_hook(layer), reference.contribution[layer]),
-        ):
-            if found.shape != resid.shape:
-                raise ModelError(
-                    f"{name if name != 'base' else adapter.base_hooks(layer)[0]} has shape {tuple(found.shape)} and the residual stream "
-                    f"{tuple(resid.shape)}: edits of this architecture would land elsewhere; use another model."
-                )
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference, as a share of the largest absolute value expected; NaN counts as infinite."""
-    if found.shape != expected.shape:
-        return float("inf")
-    error = ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
-
-
-def _has_learned_sinks(adapter: Adapter) -> bool:
-    return any("sinks" in name.rpartition(".")[2] for name, _ in adapter.model.named_parameters())
-
-
-@torch.no_grad()
-def _check_reference(adapter: Adapter, reference: _Reference) -> tuple[Check, ...]:
-    limit = TOLERANCES.get(reference.logits.dtype, 2e-4)
-    parts = max(
-        relative_error(base + contribution, post)
-        for base, contribution, post in zip(reference.base, reference.contribution, reference.resid_post, strict=True)
-    )
-    rows = torch.stack([pattern.float().sum(-1) for pattern in reference.pattern])
-    excess = (rows - 1).clamp(min=0).max() if _has_learned_sinks(adapter) else (rows - 1).abs().max()
-    layer = adapter.n_layers // 2
-    hook_calls = []
-
-    def halve(contribution: Tensor, hook) -> Tensor:
-        hook_calls.append(hook)
-        edited = contribution.clone()
-        edited[:, -1] *= 0.5
-        return edited
-
-    edited = adapter.model.run_with_hooks(reference.tokens[None], fwd_hooks=[(adapter.contribution_hook(layer), halve)])
-    moved = (edited - reference.logits)[:, -1].abs().max().item() if hook_calls else 0.0
-    return (
-        Check("base + contribution == resid_post", parts, limit,
-              "the MLP output hook of this architecture is not what is added to the residual stream, so an edit of it would lie."),
-        Check("attention rows sum to 1", excess.item(), max(limit, 1e-3),
-              "the pattern hook does not hold attention weights: use attn_implementation='eager'."),
-        Check("an edit of a contribution reaches the logits", 0.0 if moved > 0 else 1.0, 0.5,
-              f"halving {adapter.contribution_hook(layer)} changed nothing: edits of this model would be silent no-ops."),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _check_plain(model, reference: _Reference) -> tuple[Check, ...]:
-    """The bridge against the plain Hugging Face forward pass with the same parameters, where that can be built."""
-    try:
-        plain = plain_module(model, "eager")
-        logits = plain(input_ids=reference.tokens[None], use_cache=False).logits
-    except (TwinRefused, RuntimeError, TypeError, ValueError, AttributeError) as refusal:
-        warnings.warn(
-            f"the plain Hugging Face forward pass could not be run beside the bridge ({refusal}).", stacklevel=2
-        )
-        return ()
-    error = relative_error(reference.logits.float().log_softmax(-1), logits.float().log_softmax(-1))
-    remedy = "this TransformerLens version computes the architecture wrongly: use another version, or another model."
-    return (Check("log-probabilities equal plain Hugging Face's", error, TOLERANCES.get(logits.dtype, 2e-4), remedy),)
-
-
-@torch.no_grad()
-def _check_twin(adapter: Adapter, reference: _Reference) -> tuple[tuple[AttentionForm, ...], tuple[Check, ...]]:
-    twin, limit = adapter.twin, TOLERANCES.get(reference.logits.dtype, 2e-4)
-    inputs = twin.block_inputs(reference.tokens)
-    forms, errors, sums, parts, keys, values = [], [], [], [], [], []
-    n = len(reference.tokens)
-    strictly_later = torch.ones(n, n, dtype=torch.bool, device=reference.tokens.device).tril(-1)
-    for run in twin.run(inputs.embed, inputs, range(adapter.n_layers), sums=True):
-        forms.append(run.tap.form)
-        errors.append(relative_error(run.resid_post, reference.resid_post[run.layer]))
-        same = (
-            run.tap.base.shape == run.tap.contribution.shape == run.resid_post.shape
-        )  # Llama 4's experts drop the batch axis
-        parts.append(relative_error(run.tap.base + run.tap.contribution, run.resid_post) if same else float("inf"))
-        expected = (reference.pattern[run.layer].float() * strictly_later).sum(-2)
-        sums.append((run.tap.attention.later - expected).abs().max().item())
-        keys.append(run.tap.key)
-        values.append(run.tap.value)
-        final = run.resid_post
-    start = n // 2  # as edited runs do: above the first block, in the middle of the text
-
-    def prefix(layer: int) -> tuple[Tensor, Tensor]:
-        return keys[layer][:, :, :start], values[layer][:, :, :start]
-
-    resid = reference.resid_post[0][:, start:]
-    resumed = [
-        relative_error(run.resid_post, reference.resid_post[run.layer][:, start:])
-        for run in twin.run(resid, inputs, range(1, adapter.n_layers), start=start, prefix=prefix)
-    ]
-    log_probs = relative_error(twin.logits(final).float().log_softmax(-1), reference.logits.float().log_softmax(-1))
-    remedy = "the reference path is used instead."
-    return tuple(forms), (
-        Check("fast path: resid_post of every block", max(errors), limit, remedy),
-        Check("fast path: base + contribution == resid_post", max(parts), limit, remedy),
-        Check("fast path: attention received", max(sums), max(limit, 1e-3), remedy),
-        Check("fast path: log-probabilities", log_probs, limit, remedy),
-        Check("fast path: resumed in the middle of a text", max(resumed, default=0.0), limit, remedy),
-    )
 
 
 @torch.no_grad()
@@ -449,19 +334,35 @@ def _configured_form(model, layer: int) -> AttentionForm:
 
 
 def load_model(
-    source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer=None, trust_remote_code: bool = False,
-    verbose: bool = True,
+    source, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, tokenizer=None,
+    trust_remote_code: bool = False, verbose: bool = True,
 ):  # fmt: skip
     """Load a model, check it, and return it as the TransformerLens object it is.
 
     `source`: a bundled name (`sink-circuits models` lists them), a Hugging Face id `org/name@revision`, a local
     directory in Hugging Face format, a GGUF file, a Hugging Face model, or a TransformerBridge or HookedTransformer,
-    which is checked and returned as it is. Raises ModelError or WeightsError, each in one sentence.
+    which is checked and returned as it is. `device`, `dtype`: None is the CPU and float32, whatever the weights are stored
+    in; for a model object what it has. Raises ModelError or WeightsError, each in one sentence.
     """
+    arguments.flag(trust_remote_code, "trust_remote_code")
+    arguments.flag(verbose, "verbose")
+    if device is not None and not isinstance(device, torch.device):
+        arguments.text(device, "device")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ModelError(f"dtype {shown(dtype)} is not one that models compute in: use torch.float32.")
     if isinstance(source, nn.Module):
+        own = next((parameter.dtype for parameter in source.parameters()), dtype)
+        if dtype not in (None, own):
+            raise ModelError(
+                f"dtype {dtype} was asked for, and this model is of {own}: convert it first, model.to({dtype})."
+            )
         if hasattr(source, "config") and not hasattr(source, "hook_dict"):
             return _bridge(
                 source, tokenizer, str(getattr(source.config, "name_or_path", "") or type(source).__name__), device
+            )
+        if device is not None or tokenizer is not None:
+            raise ModelError(
+                f"a {type(source).__name__} is returned as it is: leave device and tokenizer out, and set them on the model itself."
             )
         adapter = adapt(source)
         if adapter.processed and verbose:
@@ -473,16 +374,13 @@ def load_model(
         return source
     if not isinstance(source, str | Path) or not str(source).strip():
         raise ModelError(f"{shown(source)} is not a model: give a name, a folder, a GGUF file or a model object.")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"dtype {shown(dtype)} is not one that models compute in: use torch.float32.")
-    arguments.flag(trust_remote_code, "trust_remote_code")
     folder, where = _find(str(source), verbose)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with loader_bars(verbose):
             hf, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                folder, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True,
                 use_safetensors=True, **where,  # other formats are pickles, which can run code
             )  # fmt: skip
             if tokenizer is None and not _lacks_tokenizer(folder):
@@ -491,7 +389,7 @@ def load_model(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{str(source)!r} could not be loaded ({first}): {_choices()}.") from error
     _check_complete(str(source), hf, info)
-    bridge = _bridge(hf.eval(), tokenizer, str(source) if where else Path(str(source)).name, device)
+    bridge = _bridge(hf.eval(), tokenizer, str(source) if where else Path(str(source)).name, device or "cpu")
     bridge.__dict__["_sink_circuits_revision"] = _revision(folder, where)
     return bridge
 
@@ -546,21 +444,32 @@ def layers_of_config(source: str) -> int | None:
     """
     from transformers import AutoConfig
 
-    folder = weights.cached_folder(source) if source in weights.REGISTRY else Path(source).expanduser()
-    if not source or not (folder / "config.json").is_file():
+    if not source:
+        return None
+    folder = weights.cached_folder(source) if source in weights.REGISTRY else _as_path(source)
+    if not (folder / "config.json").is_file():
         return None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # otherwise it may ask, and wait
-        return config.get_text_config().num_hidden_layers
-    except (OSError, ValueError, KeyError, AttributeError):
+        n_layers = config.get_text_config().num_hidden_layers
+        return n_layers if isinstance(n_layers, int) else None
+    except Exception:  # whatever stands there: loading says what is wrong with it
         return None
+
+
+def _as_path(source: str) -> Path:
+    """Raises ModelError for what no file system takes; `~` of a user who is none stays as it is."""
+    try:
+        return arguments.path(os.path.expanduser(source), "model")
+    except InputError as error:
+        raise ModelError(str(error)) from error
 
 
 def _find(source: str, verbose: bool) -> tuple[str, dict]:
     """Where `source` is: a folder and no more, or a hub's id with what `from_pretrained` needs to find it."""
     if source in weights.REGISTRY:
         return str(weights.fetch(source, verbose=verbose)), {}
-    path = Path(source).expanduser()
+    path = _as_path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -602,11 +511,14 @@ def _hub_answers(name: str, revision: str) -> bool:
     return True
 
 
-def _bridge(hf, tokenizer, name: str, device: str):
+def _bridge(hf, tokenizer, name: str, device: str | torch.device | None):
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     hf = hf.eval()
     hf.config.architectures = [type(hf).__name__]
+    device = next((parameter.device for parameter in hf.parameters()), "cpu") if device is None else device
+    if torch.device("meta") in (device, *(parameter.device for parameter in hf.parameters())) or str(device) == "meta":
+        raise ModelError("the meta device holds no numbers: load the model's weights, on device='cpu'.")
     try:
         hf = hf.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sink_circuits import arguments
 from sink_circuits.arguments import MOST, shown
 from sink_circuits.errors import InputError
+from sink_circuits.text_files import has_surrogate, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class Prompt:
     def __post_init__(self):
         for name in self.__dataclass_fields__:
             value = arguments.instance(getattr(self, name), f"a prompt's {name}", str, "give a string")
-            if any(
-                "\ud800" <= character <= "\udfff" for character in value
-            ):  # JSON can say it, UTF-8 and tokenizers cannot
+            if has_surrogate(value):
                 raise InputError(f"a prompt's {name} holds half a character (a surrogate): mend {shown(value)}.")
 
 
@@ -220,6 +219,8 @@ def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
     if n is not None and n < 1:
         raise InputError(f"n = {n} prompts asked for: at least 1.")
     path = Path(arguments.instance(source, "source", str | Path, "give a bundled kind, or the path of a file"))
+    if str(source):
+        arguments.path(path, "prompt source")
     if os.path.exists(path) and not os.path.isdir(path):
         return PromptSet(tuple(_read_file(path)[:n]))
     bundled = _parse_lines(files("sink_circuits").joinpath("data/prompts.jsonl").read_text("utf-8"), "bundled prompts")
@@ -236,7 +237,7 @@ def load_prompts(source: str | Path = "all", n: int | None = None) -> PromptSet:
 
 def _read_file(path: Path) -> list[Prompt]:
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompt file {path} cannot be read as UTF-8 text ({error}): check path and encoding."
@@ -257,7 +258,7 @@ def _parse_lines(text: str, where: str) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_parsed(json.loads(line), number))
+            prompts.append(_parsed(parse_json(line), number))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}, line {number}: not a whole JSON object ({error.msg}, column {error.colno}); mend or remove the line."
@@ -277,6 +278,8 @@ def _parsed(record, number: int) -> Prompt:
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__} is not a JSON object with a `text`")
     fields = {key.lower(): value for key, value in record.items()}
+    if len(fields) < len(record):
+        raise ValueError(f"its keys ({', '.join(record)}) hold one of them twice, in small and capital letters")
     generated = "output" in fields
     keys = ("prompt",) if generated else TEXT_KEYS
     key = next((one for one in keys if one in fields), None)
@@ -286,13 +289,17 @@ def _parsed(record, number: int) -> Prompt:
     for one in (key, "output") if generated else (key,):
         if not isinstance(fields[one], str):
             raise ValueError(f"`{one}` is not a string but {type(fields[one]).__name__}")
+    for one, kinds, wanted in (("id", str | int, "a string"), ("unique_id", str | int, "a string"), ("kind", str, "a string"),
+                               ("generation_idx", int, "a whole number")):  # fmt: skip
+        if isinstance(value := fields.get(one), bool) or (value is not None and not isinstance(value, kinds)):
+            raise ValueError(f"`{one}` is not {wanted} but {type(value).__name__}")
     name = next((str(fields[one]) for one in ("id", "unique_id") if fields.get(one) is not None), None)
     generation = fields.get("generation_idx") or 0
     name = f"line-{number}" if name is None else f"{name}/{generation}" if generation else name
     answer = fields.get("answer")
     return Prompt(
         name,
-        str(fields.get("kind", "text")),
+        fields.get("kind") or "text",
         fields[key],
         fields["output"] if generated else "",
         "" if answer is None else str(answer),
@@ -335,12 +342,15 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
     cfg, device = model.cfg, next(model.parameters()).device
     checked = []
     for index, row in enumerate(rows):
+        if row.layout != torch.strided or row.is_meta or row.is_quantized or row.is_nested:
+            raise InputError(f"prompt {index}: {_unreadable(row)} cannot be read: pass LongTensor [pos].")
         if row.ndim == 1 and len(row) == 0:
             raise InputError(f"prompt {index} is empty: give it at least one token.")
         if row.ndim != 1 or row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
             raise InputError(
                 f"prompt {index}: tokens have shape {tuple(row.shape)} and type {row.dtype}; integers of shape [pos] are needed."
             )
+        row = row.to(torch.long)  # torch compares no other unsigned numbers than bytes
         if len(row) > cfg.n_ctx:
             raise InputError(
                 f"prompt {index} has {len(row)} tokens, the model's context {cfg.n_ctx}: shorten it (max_tokens=)."
@@ -348,7 +358,7 @@ def as_tokens(model, tokens, attention_mask: Int[Tensor, "batch pos"] | None = N
         if row.min() < 0 or row.max() >= cfg.d_vocab:
             wrong = int(row.max() if row.max() >= cfg.d_vocab else row.min())
             raise InputError(f"prompt {index} holds token id {wrong}, the vocabulary 0..{cfg.d_vocab - 1}.")
-        checked.append(row.to(device=device, dtype=torch.long))
+        checked.append(row.to(device))
     return Tokens(tuple(checked), names or tuple(f"prompt-{i}" for i in range(len(checked))))
 
 
@@ -361,6 +371,14 @@ def _rows_of(tokens) -> list[Tensor]:
         raise InputError(
             f"tokens of type {type(tokens).__name__} cannot be read: pass LongTensor [pos] or a list of them."
         ) from error
+
+
+def _unreadable(tokens: Tensor) -> str:
+    """What kind of tensor has no numbers to be looked at one by one."""
+    kind = (
+        "on the meta device" if tokens.is_meta else "quantised" if tokens.is_quantized else f"of layout {tokens.layout}"
+    )
+    return f"a tensor {kind}"
 
 
 def _names_of(tokens: Tokens) -> tuple[str, ...]:
@@ -378,9 +396,10 @@ def _as_mask(mask) -> Tensor:
     """An attention mask as Bool. Raises InputError for anything but zeros and ones."""
     try:
         made = torch.as_tensor(mask)
-    except (TypeError, ValueError, RuntimeError) as error:
+        binary = not made.is_complex() and bool(((made == 0) | (made == 1)).all())
+    except (TypeError, ValueError, RuntimeError) as error:  # sparse tensors and the like compare with nothing
         raise InputError(f"attention_mask = {shown(mask)}: give a tensor of zeros and ones, [batch, pos].") from error
-    if made.is_complex() or not ((made == 0) | (made == 1)).all():
+    if not binary:
         raise InputError(f"attention_mask = {shown(mask)}: give zeros and ones, 1 where there is text.")
     return made.bool()
 
@@ -402,6 +421,10 @@ def _check_padding(rows: Sequence[Tensor], pad: int | None) -> None:
 
 
 def _unpadded(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    if tokens.is_nested:
+        return list(tokens.unbind())
+    if tokens.layout != torch.strided or tokens.is_meta or tokens.is_quantized:
+        raise InputError(f"{_unreadable(tokens)} cannot be read: pass LongTensor [pos] or [batch, pos].")
     if tokens.ndim == 1:
         tokens = tokens[None]
     if tokens.ndim != 2:

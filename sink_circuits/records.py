@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from sink_circuits import arguments
 from sink_circuits.arguments import MOST
 from sink_circuits.detection import OfficialResult, official_type
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.results import write_whole
+from sink_circuits.text_files import parse_json, read_text
 
 SINK_TYPES = ("secondary", "bos_sink", "noise")
 OLD_TYPES = {"cliff": "secondary"}
@@ -90,7 +92,7 @@ def read_records(path: str | Path) -> list[Record]:
     Raises ResultError naming file, line and what is wrong there.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = read_text(arguments.path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ResultError(f"records {path} cannot be read ({error}): check the path.") from error
     records = []
@@ -98,7 +100,7 @@ def read_records(path: str | Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(_parsed(json.loads(line)))
+            records.append(_parsed(parse_json(line)))
         except json.JSONDecodeError as error:
             raise ResultError(
                 f"{path}, line {number}: not a whole JSON object ({error}); was the file cut off?"
@@ -132,6 +134,8 @@ def _parsed(fields) -> Record:
     for key, sink in sinks.items():
         if not (key.isascii() and key.isdigit()):
             raise ValueError(f"position {key!r} is not a whole number")
+        if int(key) in candidates:
+            raise ValueError(f"position {int(key)} is there twice")
         where = f"the sink at position {key}"
         _need(sink, ("layer", "token_id", "sink_type"), where)
         layers, kind = sink["layer"], sink["sink_type"]
@@ -142,6 +146,8 @@ def _parsed(fields) -> Record:
             )
         if not isinstance(layers, list) or not layers or not all(_is_count(layer) for layer in layers):
             raise ValueError(f"layer of {where} is {layers!r}, a list of whole numbers is needed")
+        if layers != sorted(set(layers)):
+            raise ValueError(f"layer of {where} is {layers!r}, ascending numbers are needed, each once")
         if not _is_count(sink["token_id"]):
             raise ValueError(f"token_id of {where} is {sink['token_id']!r}, a whole number is needed")
         candidates[int(key)] = CandidateSink(tuple(layers), sink["token_id"], kind)

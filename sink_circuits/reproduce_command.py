@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Reproduce:
 def named(option: str) -> tuple[str, str]:
     """NAME=FILE as (name, file); FILE alone is named after its folder and itself, as the published code files them by model."""
     name, equals, path = option.partition("=")
-    if equals and name and path and not Path(option).exists():
+    if equals and name and path and not os.path.exists(option):
         return name, path
     file = Path(option)
     return (f"{file.parent.name}-{file.stem}" if file.parent.name else file.stem), option

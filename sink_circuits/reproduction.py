@@ -53,6 +53,8 @@ from sink_circuits.study_folder import (
 SECONDARIES = ("secondary", "primary-like")
 FIGURE_NAMES = (LEVELS.name, *(figure.name for figure in FIGURES))
 FILES = ("sinks.parquet", "sinks.csv")
+LONGEST_NAME = 100
+"""Characters of a model's name that its folder keeps."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def name_of(model) -> str:
 
 
 def _safe_name(name: str) -> str:
-    safe = re.sub(r"[^\w.@+-]+", "_", name).strip("._") or "model"
+    safe = re.sub(r"[^\w.@+-]+", "_", name)[:LONGEST_NAME].strip("._") or "model"
     return f"{safe}_" if safe in ("records", "levels", "index") else safe
 
 

@@ -21,9 +21,12 @@ from typing import Any
 from sink_circuits import arguments
 from sink_circuits.arguments import MOST, flag, number, one_of, several, shown, text, whole
 from sink_circuits.errors import InputError
+from sink_circuits.text_files import has_surrogate, parse_json, read_text
 
 KINDS = ("primary", "secondary", "primary-like")
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+MOST_THREADS = 1024
+"""More than any machine has cores: where threads cannot be had, torch ends the process."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,11 @@ class Study:
             raise InputError(f"two outcomes are named {twice[0]!r}: name each its own.")
         for name in ("sinks_per_prompt", "min_queries", "layers_per_cell", "threads"):
             if name != "sinks_per_prompt" or self.sinks_per_prompt is not None:
-                settle(self, name, whole(getattr(self, name), name, low=1))
+                settle(
+                    self,
+                    name,
+                    whole(getattr(self, name), name, low=1, high=MOST_THREADS if name == "threads" else MOST),
+                )
         if self.memory is not None:
             if number(self.memory, "memory") <= 0:
                 raise InputError(f"memory = {self.memory}: give GiB, more than 0, or leave it out for what is free.")
@@ -145,11 +152,15 @@ def read_study(path: str | Path) -> Study:
     """A study from a TOML file whose keys are the fields of `Study`. Raises InputError for anything else."""
     path = arguments.path(path, "study")
     try:
-        with open(path, "rb") as file:
-            fields = tomllib.load(file)
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"study {path} cannot be read ({error}): check the path.") from error
-    except tomllib.TOMLDecodeError as error:
+    try:
+        fields = tomllib.loads(content)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
         raise InputError(f"study {path} is not TOML ({error}): mend that line.") from error
     try:
         return _fields(Study, fields, "the study")
@@ -160,7 +171,7 @@ def read_study(path: str | Path) -> Study:
 def read_token_file(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     """(id, token ids) of every line. Raises InputError naming the line that cannot be read."""
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = read_text(arguments.path(path, "prompts.tokens")).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"token file {path} cannot be read ({error}): check the path.") from error
     prompts: dict[str, tuple[int, ...]] = {}
@@ -168,9 +179,12 @@ def read_token_file(path: Path) -> list[tuple[str, tuple[int, ...]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            name, ids = str(record.get("id", f"line-{count}")), record["tokens"]
-            if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
+            record = parse_json(line)
+            given, ids = record.get("id", f"line-{count}"), record["tokens"]
+            name = str(given)
+            if isinstance(given, bool) or not isinstance(given, str | int) or has_surrogate(name):
+                raise ValueError("the id is not a string")
+            if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i <= MOST for i in ids):
                 raise ValueError("the ids are not whole numbers from 0")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f'{path}, line {count}: {error}; a line is {{"id": "a", "tokens": [0, 17]}}.') from error

@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(
             f"{path} cannot be read ({error}): it was not written by a sweep; choose another folder."
         ) from error

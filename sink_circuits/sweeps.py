@@ -489,6 +489,8 @@ def _claimed(folder: Path, record: Mapping) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise ResultError(f"another sweep is at work in {folder}: wait for it, or choose another folder.") from error
+    except OSError as error:
+        raise ResultError(f"{folder / LOCK} cannot be locked ({error.strerror}): choose another folder.") from error
     try:
         if (folder / STUDY).exists():
             _check_same(folder, read_json(folder / STUDY), record)
@@ -496,9 +498,14 @@ def _claimed(folder: Path, record: Mapping) -> Iterator[None]:
             raise ResultError(f"folder {folder} is not empty and holds no sweep: choose another folder.")
         else:
             _write_json(folder / STUDY, record)
-        for leftover in folder.glob(".*.part"):  # of a killed sweep: under the lock they belong to nobody
-            leftover.unlink(missing_ok=True)
-        (folder / FAILURES).unlink(missing_ok=True)  # failed cells are tried again
+        try:
+            for leftover in folder.glob(".*.part"):  # of a killed sweep: under the lock they belong to nobody
+                leftover.unlink(missing_ok=True)
+            (folder / FAILURES).unlink(missing_ok=True)  # failed cells are tried again
+        except OSError as error:
+            raise ResultError(
+                f"{error.filename} cannot be removed ({error.strerror}): it is not a sweep's, choose another folder."
+            ) from error
         yield
     finally:
         lock.release()
@@ -534,8 +541,8 @@ def _planned(study: Study, prompts: tuple, settings: Mapping[str, Any], submitte
 
 def _source(model: str) -> str:
     """Where workers load it from: they may stand in another working directory."""
-    path = Path(model).expanduser()
-    return str(path.absolute()) if model not in REGISTRY and path.exists() else model
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if model not in REGISTRY and os.path.exists(path) else model
 
 
 def _note_plan(folder: Path, record: Mapping, cells: Sequence[Cell]) -> None:

@@ -238,7 +238,9 @@ def fingerprint(model: nn.Module) -> tuple:
     """Changes when a parameter is replaced or written to: a twin made before that no longer speaks for the model."""
     parameters = list(model.parameters())
     # `parameter.data.normal_()` does not count as a version: a few values are looked at too.
-    values = [p.detach().reshape(-1)[[0, p.numel() // 2, -1]].float().cpu() for p in parameters if p.numel()]
+    values = [
+        p.detach().reshape(-1)[[0, p.numel() // 2, -1]].float().cpu() for p in parameters if p.numel() and not p.is_meta
+    ]
     return tuple((p.data_ptr(), p._version) for p in parameters) + tuple(torch.cat(values).tolist() if values else ())
 
 

@@ -14,6 +14,7 @@ import pytest
 from sink_circuits import Effect, Sinks, Thresholds, planted, records
 from sink_circuits.cli import COMMANDS, Criteria, main
 from sink_circuits.controls import Controlled
+from sink_circuits.demo import RESULTS
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +165,20 @@ def test_demo_writes_its_results_and_the_report(model, tmp_path):
     assert f"{abs(controls.loc['wrong layer', 'difference']):.3f}" in row
     assert "No controls are on this page" not in page
     assert "secondary" in page and "sink-circuits" in page
-    before = (out / "report.html").stat().st_mtime_ns
+    assert names == set(RESULTS), "what is not named there stands in the way of --overwrite"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(["demo", folder, *texts, "--folder", str(out)]) == 2, "a folder that holds results is not written to"
-    assert (out / "report.html").stat().st_mtime_ns == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_demo_is_made_again_over_an_earlier_one(model, tmp_path):
+    folder, texts = model
+    made = []
+    for more in ([], ["--overwrite"]):
+        assert main(["demo", folder, *texts, "--folder", str(tmp_path / "demo"), *more]) == 0
+        made.append({path.name: path.read_bytes() for path in (tmp_path / "demo").iterdir() if path.suffix != ".html"})
+    assert made[0] == made[1]
 
 
 def test_a_report_with_its_model_shows_texts_and_takes_one_sink_apart(model, tmp_path, capsys):
@@ -299,7 +311,13 @@ def test_an_interrupted_demo_keeps_what_it_has(model, tmp_path, capsys, monkeypa
     folder, texts = model
     out = tmp_path / "demo"
     out.mkdir()
-    stale = ("layer_map.safetensors", "ablation.safetensors", "report.html")
+    stale = (
+        "layer_map.safetensors",
+        "ablation.safetensors",
+        "token_scores.safetensors",
+        "writers.safetensors",
+        "report.html",
+    )
     for name in (*stale, "notes.txt"):
         (out / name).write_text("of an earlier run")
     save = Effect.save

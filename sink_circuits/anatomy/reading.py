@@ -47,7 +47,7 @@ class Text:
 def prepare(model, tokens, sinks: Sinks, attention_mask=None) -> tuple[Tokens, pd.DataFrame]:
     """Tokens and the table of sinks (index 0..n-1), checked against each other. Raises InputError."""
     tokens = as_tokens(model, tokens, attention_mask)
-    return tokens, _check_sinks(sinks, tokens)
+    return tokens, _check_sinks(sinks, tokens, model.cfg.n_layers)
 
 
 def texts(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from sink_circuits import arguments
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
@@ -39,7 +40,7 @@ def read_results(paths: Iterable[str | Path]) -> list:
     missing, empty, of another kind, or cannot be read.
     """
     results, seen = [], set()
-    for path in (Path(one) for one in paths):
+    for path in map(arguments.path, paths):
         for file in _files(path):
             if file.resolve() not in seen:
                 seen.add(file.resolve())
@@ -102,6 +103,8 @@ def _files(path: Path) -> list[Path]:
         raise ResultError(f"{path} does not exist: name results that were saved, or their folder.")
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ResultError(f"{path} is neither a file nor a folder: name results that were saved, or their folder.")
     if (path / STUDY).is_file():
         return [path]
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
