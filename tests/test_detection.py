@@ -332,6 +332,23 @@ def test_the_primary_is_the_largest_candidate_and_the_earliest_of_equals():
     assert rows_of(resid) == {0: [("primary", 2, 13, 2)], 2: [("primary-like", 2, 13, 2)]}
 
 
+def test_only_the_first_four_positions_are_candidates():
+    resid = stream(16)
+    put(resid, 4, range(2, 14), size=500.0)
+    assert rows_of(resid) == {}
+    put(resid, 3, range(2, 14))
+    assert rows_of(resid)[3] == [("primary", 2, 13, 2)]
+
+
+def test_a_candidate_counts_by_the_layers_that_it_lasts():
+    """Runs below min_lifetime add nothing, whatever their size; those at min_lifetime do."""
+    resid = stream(16)
+    put(resid, 1, [10, 11], size=5000.0)
+    put(resid, 0, range(2, 6))
+    assert rows_of(resid, min_lifetime=3)[0] == [("primary", 2, 5, 2)]
+    assert rows_of(resid, min_lifetime=2)[1] == [("primary", 10, 11, 10)]
+
+
 def test_a_flash_of_one_layer_is_no_primary():
     resid = stream(16)
     put(resid, 0, [5], size=5000.0)

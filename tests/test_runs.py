@@ -318,6 +318,24 @@ def test_a_clean_run_without_columns_is_refused():
         sc.run_edited(lens(), sc.run_clean(lens(), prompt()), [[sc.zero(3, 5)]])
 
 
+def test_a_reference_run_is_not_resumed_on_the_fast_path():
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, path="reference")
+    assert clean.path == "reference"
+    with (
+        no_forward_pass(),
+        pytest.raises(InputError, match="needs a clean run of its own, this one is the reference path's"),
+    ):
+        sc.run_edited(lens(), clean, [[sc.zero(3, 5)]], path="fast")
+
+
+def test_positions_and_masks_are_checked_before_a_run():
+    for chosen in ((2.5,), (True,), ("3",)):
+        with no_forward_pass(), pytest.raises(InputError, match="is not a whole number: give positions counted from 0"):
+            sc.run_clean(lens(), prompt(), chosen=chosen)
+    with no_forward_pass(), pytest.raises(InputError, match="mask"):
+        sc.run_clean(lens(), prompt(), mask=torch.ones(5, dtype=torch.bool))
+
+
 def test_no_rows_no_runs():
     assert sc.run_edited(lens(), sc.run_clean(lens(), prompt(), chosen=(0,)), []) == []
 

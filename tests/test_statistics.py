@@ -163,6 +163,10 @@ def test_prompts_may_come_as_any_iterable():
     values, prompts = [[1.0], [3.0], [5.0]], ["a", "a", "b"]
     assert bootstrap_columns(values, iter(prompts), name="x") == bootstrap_columns(values, prompts, name="x")
     np.testing.assert_equal(prompt_table(values, iter(prompts)), prompt_table(values, prompts))
+    few = difference_to_controls(
+        [1.0, 2.0, 3.0], [[0.5, math.nan], [math.nan] * 2, [math.nan] * 2], list("abc"), name="x"
+    )
+    assert (few.n_sinks, few.n_unmatched) == (1, 2)
     one = difference_to_controls([1.0, 2.0], [0.0, 0.0], iter("ab"), name="x")
     assert one == difference_to_controls([1.0, 2.0], [0.0, 0.0], ["a", "b"], name="x")
     assert prompt_means([1.0, 2.0], iter("ab")).tolist() == [1.0, 2.0]
@@ -451,6 +455,10 @@ def test_differences_to_controls_are_taken_sink_by_sink():
     assert result.estimate == bootstrap_over_prompts(differences, ["a", "a", "b"], name="x")
     assert result.test == sign_flip_test(differences, ["a", "a", "b"], name="x")
     assert (result.n_sinks, result.n_unmatched, result.estimate.n) == (3, 1, 2)
+    few = difference_to_controls(
+        [1.0, 2.0, 3.0], [[0.5, math.nan], [math.nan] * 2, [math.nan] * 2], list("abc"), name="x"
+    )
+    assert (few.n_sinks, few.n_unmatched) == (1, 2)
     one = difference_to_controls([1.0, 2.0], [0.5, 0.5], ["a", "b"], name="x", alternative="greater")
     assert (one.estimate.mean, one.test.p) == (1.0, 0.25)
 
