@@ -440,8 +440,9 @@ def attention_patterns_figure(result, n_shown: int = 2) -> go.Figure:
     shared = {
         "type": "category", "tickmode": "array", "tickvals": [labels[i] for i in named], "showgrid": False, "tickfont_size": 10,
     }  # fmt: skip
+    numbers = [str(window.tokens["pos"].iloc[i]) for i in named]
     figure.update_xaxes(
-        **shared, showticklabels=True, tickangle=-60 if len(named) > 1 else 0, title_text="key (named: sinks)"
+        **shared, ticktext=numbers, tickangle=0, showticklabels=True, title_text="position of the key (named: sinks)"
     )
     figure.update_yaxes(**shared, autorange="reversed", title_text="query", automargin=True)
     n = len(window.tokens)
@@ -450,7 +451,7 @@ def attention_patterns_figure(result, n_shown: int = 2) -> go.Figure:
         f"rest. Full colour: {bound:.2g}, the largest on a key that is no primary sink; colour by the square root."
     )
     title = "Attention patterns around the sinks"
-    return _finished(figure, title, text, height=120 + 360 * len(heads), bottom=90).update_layout(margin_r=70)
+    return _finished(figure, title, text, height=120 + 340 * len(heads), bottom=56).update_layout(margin_r=70)
 
 
 FIGURES = {

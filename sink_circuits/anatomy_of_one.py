@@ -46,13 +46,16 @@ def anatomy_of_one(
         from sink_circuits.anatomy.reading import layers_of
 
         layer = {"layer": layers_of(model, text, one, "forming", None, verbose)[0]}
+    # A pattern shows all sinks of the text that are given.
+    beside = Sinks(sinks.table[sinks.table["prompt"] == prompt].reset_index(drop=True), sinks.prompts, sinks.manifest)
     results: list[Anatomy] = []
     missing: list[str] = []
     for name in PARTS:
         part: Callable[..., Anatomy] = getattr(anatomy, name)
         options = layer if name in ("mlp_stages", "neurons") else {}
         try:
-            results.append(part(model, text, one, verbose=False, **options))
+            shown = beside if name == "attention_patterns" else one
+            results.append(part(model, text, shown, verbose=False, **options))
         except (InputError, ModelError) as error:
             missing.append(f"No {name.replace('_', ' ')}: {error}")
     return results, missing

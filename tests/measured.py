@@ -46,6 +46,7 @@ def measured() -> SimpleNamespace:
     )
     sinks = found.select("secondary")
     scored = token_scores(model, tokens)
+    carrying = anatomy.neurons(model, tokens, sinks, layer=6, **QUIET)
     shown = scored.table.assign(token=[TOKENS[pos % len(TOKENS)] for pos in scored.table["pos"]])
     return SimpleNamespace(
         found=found,
@@ -58,7 +59,8 @@ def measured() -> SimpleNamespace:
         paths=sc.path_effects(model, tokens, sinks, layer=6, **QUIET),
         controls=sc.with_controls(model, tokens, sinks, layer=6, found=found, n_random=3, **QUIET),
         writers=anatomy.writers(model, tokens, found, **QUIET),
-        neurons=anatomy.neurons(model, tokens, sinks, layer=6, **QUIET),
+        neurons=carrying,
+        ablate_neurons=anatomy.ablate_neurons(model, tokens, sinks, carrying, n=1, n_random=3, **QUIET),
         key_query_geometry=anatomy.key_query_geometry(model, tokens, sinks, **QUIET),
         attention_patterns=with_tokens(anatomy.attention_patterns(model, tokens, sinks, **QUIET)),
         mlp_stages=anatomy.mlp_stages(model, tokens, sinks, layer=6, **QUIET),

@@ -327,7 +327,10 @@ const note = () => {
   seen.policy = document.querySelectorAll("meta[http-equiv]").length;
   const canvases = [...document.querySelectorAll("details.cv canvas")];
   if (seen.painted !== canvases.length)
-    seen.painted = canvases.filter((canvas) => canvas.width > 20 && canvas.toDataURL().length > 3000).length;
+    seen.painted = canvases.filter((canvas) => {
+      const blank = Object.assign(document.createElement("canvas"), {width: canvas.width, height: canvas.height});
+      return canvas.width > 20 && canvas.toDataURL() !== blank.toDataURL();
+    }).length;
   seen.drawn = document.documentElement.dataset.drawn; seen.svgs = document.querySelectorAll("svg.main-svg").length;
   seen.cut = [...document.querySelectorAll("svg.main-svg .gtitle, svg.main-svg .xtitle, svg.main-svg .legendtext")].filter((text) => {
     const own = text.getBoundingClientRect(), svg = text.closest("svg").getBoundingClientRect();

@@ -12,6 +12,7 @@ from test_report import browse, in_a_frame, needs_browser, probed, seen_in
 
 import sink_circuits as sc
 from sink_circuits import cli, planted
+from sink_circuits.anatomy import against_random
 from sink_circuits.errors import ResultError
 from sink_circuits.report import read_results, sinks_of
 from sink_circuits.results import read_dataset, write_dataset
@@ -19,8 +20,8 @@ from sink_circuits.studies import Texts
 from sink_circuits.token_scores import TokenScores
 
 PARTS = (
-    "layer_map", "ablate", "controls", "paths", "mass", "claims", "writers", "neurons", "key_query_geometry", "mlp_stages",
-    "token_scores", "attention_patterns",
+    "layer_map", "ablate", "ablate_neurons", "controls", "paths", "mass", "claims", "writers", "neurons", "key_query_geometry",
+    "mlp_stages", "token_scores", "attention_patterns",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_every_result_has_its_section_and_its_sentence(page):
         "Sinks",
         "Layer map",
         "Ablation",
+        "Ablation of neurons",
         "Controls",
         "Paths",
         "Mass",
@@ -68,6 +70,14 @@ def test_every_result_has_its_section_and_its_sentence(page):
     ]
     ids = {a["id"] for _, a in Elements(page).attributes if "id" in a}
     assert {target for target, _ in labels} <= ids
+    row = against_random(measured().ablate_neurons).iloc[0]
+    said = re.search(
+        r"Removing the named neurons on 3 secondary sinks in 2 prompts: [^;]*; the difference is (\S+)", text
+    )
+    assert said and said[1].rstrip(".") == f"{row['difference']:.3g}".replace("-", "−"), (
+        "one sentence, however many draws"
+    )
+    assert "Edit “random" not in text
     share = measured().paths.summary().query("outcome == 'log_odds' and kind == 'step'").set_index("part")["share"]
     assert f"{share['residual']:.0%} goes by the residual stream alone" in text.replace("−", "-")
     edges = json.loads(re.search(r'data-target="circuit-figure">(.*?)</script>', page).group(1))

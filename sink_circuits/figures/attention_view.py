@@ -42,7 +42,7 @@ def attention_view(window, *, name: str = "patterns", library: bool = True) -> s
     target = target_of(name)
     box = (
         '<details class="cv"><summary>Attention patterns around the sinks, interactive (circuitsvis)</summary>'
-        f'<p class="tok-note">{html.escape(note)}</p><div class="cv-box" id="{target}"></div>'
+        f'<p class="tok-note">{html.escape(note)}</p><div class="cv-box whole" id="{target}"></div>'
         f'<script type="application/json" class="cv-data" data-component="AttentionHeads" data-target="{target}">{script_json(props)}'
         "</script></details>"
     )

@@ -63,7 +63,7 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
     if neurons is not None and row is not None:
         write, whole = neurons.data["write"].to_numpy()[row].astype(float), float(neurons.data["contribution"][row])
         for index in np.argsort(-write, kind="stable")[:n]:
-            if whole > 0 and write[index] > 0:
+            if whole > 0 and write[index] >= MIN_SHARE * whole:
                 rows.append(
                     (
                         "neuron",

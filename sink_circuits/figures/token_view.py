@@ -232,6 +232,7 @@ details.cv{margin:.5rem 0 0}
 details.cv>summary{font:13px/1.6 system-ui,sans-serif;cursor:pointer;color:#00588a}
 .cv-box{overflow-x:auto;max-height:34rem;overflow-y:auto;border:1px solid #d8d8d8;border-radius:6px;padding:.6rem;
 background:#fff;font-size:14px;line-height:1.6}
+.cv-box.whole{max-height:none}
 .cv-box:empty{display:none}
 @media print{.tok-strip{max-height:none;overflow:visible}.tok,.ramp{-webkit-print-color-adjust:exact;
 print-color-adjust:exact}details.cv{display:none}}

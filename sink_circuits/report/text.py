@@ -94,6 +94,8 @@ def sentences(effect) -> list[str]:
         except InputError:
             out.append("Not every sink has a defined effect.")
         return out
+    if effect.kind == "ablate_neurons":
+        return _neurons(effect, rows["log_odds"], treated)
     where = f"the contribution of {_layers(effect)} on {treated}"
     if effect.kind == "dose_response":
         odds = rows["log_odds"].sort_values("edit")
@@ -125,6 +127,21 @@ def sentences(effect) -> list[str]:
             primary = rows["primary_score"].loc[rows["primary_score"]["edit"] == edit].iloc[0]
             if math.isfinite(primary["effect"]) and not (effect.table["kind"] == "primary").all():
                 out.append(f"In the same layers the primary sink's score {moved(primary)}.")
+    return out
+
+
+def _neurons(effect, odds, treated: str) -> list[str]:
+    """The named neurons against as many random ones of the same MLP, however many draws there are."""
+    from sink_circuits.anatomy import against_random
+
+    named, found = odds[odds["edit"] == "named"].iloc[0], against_random(effect).iloc[0]
+    out = [f"Removing the named neurons on {treated}: their attention log-odds {moved(named, 'nats', plural=True)}."]
+    if math.isfinite(found["random"]):
+        random, difference = (number(found[name], signed=True) for name in ("random", "difference"))
+        draws, ends = count(int(found["n_draws"]), "draw"), f" {interval(found)}".rstrip()
+        out.append(
+            f"As many random neurons of the same MLPs ({draws}) change them by {random}; the difference is {difference}{ends}."
+        )
     return out
 
 
