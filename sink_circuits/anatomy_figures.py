@@ -444,7 +444,12 @@ def attention_patterns_figure(result, n_shown: int = 2) -> go.Figure:
     figure.update_xaxes(
         **shared, ticktext=numbers, tickangle=0, showticklabels=True, title_text="position of the key (named: sinks)"
     )
-    figure.update_yaxes(**shared, autorange="reversed", title_text="query", automargin=True)
+    texts = [visible(str(window.tokens["token"].iloc[i])) for i in named]
+    texts = [
+        safe(f"{number} {text if len(text) <= 9 else text[:8] + '…'}")
+        for number, text in zip(numbers, texts, strict=True)
+    ]
+    figure.update_yaxes(**shared, ticktext=texts, autorange="reversed", title_text="query", automargin=True)
     n = len(window.tokens)
     text = (
         f"{model_of(result)}, {window.tokens['prompt'].iloc[0]}: weights between {n} positions around its sinks, and some of the "
