@@ -97,10 +97,14 @@ _ROOMS = {
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)
+_OPEN_ROOMS = ("anatomy", "calibration", "figures", "planted", "records", "report", "statistics")
+"""Modules of the package that are reached as `sink_circuits.anatomy`, without importing them first."""
 
 
 def __getattr__(name: str):
     """Public names are imported when first used: torch and TransformerLens cost seconds, `--help` should not."""
+    if name in _OPEN_ROOMS:
+        return importlib.import_module(f"sink_circuits.{name}")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'sink_circuits' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"sink_circuits.{_ROOM_OF[name]}"), name)

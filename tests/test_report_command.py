@@ -121,6 +121,7 @@ def test_the_page_says_how_to_make_the_results_again(page):
     ):  # fmt: skip
         assert line in code, line
     assert measured().found.manifest.weights in code
+    assert all(callable(getattr(sc.__getattr__("anatomy"), name)) for name in re.findall(r"sc\.anatomy\.(\w+)\(", code))
 
 
 def test_the_same_files_give_the_same_page(folder, page, tmp_path):
