@@ -150,7 +150,7 @@ def read_parquet(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
         raise ResultError(
             f"{path} is not a table of sinks written by this package: make it with Sinks.save or `sink-circuits detect`."
         )
-    if frame.attrs.get("sha256", digest) != digest:  # older files have none
+    if frame.attrs.get("sha256") != digest:
         raise ResultError(f"{path} is damaged (its SHA-256 is not the one it was written with): make the result again.")
     return frame
 
@@ -178,11 +178,9 @@ def _sealed(header: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _is_whole(header: str, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Whether the seal is that of what stands in the file; files of versions that made none are taken at their word."""
+    """Whether there is a seal, and it is that of what stands in the file."""
     seal = SEAL.search(header)
-    if seal is None:
-        return '"sha256": "' not in header[-100:]
-    return seal[1] == _digest(f"{header[: seal.start()]}}}", arrays)
+    return seal is not None and seal[1] == _digest(f"{header[: seal.start()]}}}", arrays)
 
 
 def _digest(header: str, arrays: Mapping[str, np.ndarray]) -> str:
@@ -227,13 +225,15 @@ def read_dataset(path: str | Path) -> tuple[xr.Dataset, dict]:
     header = metadata.get("sink_circuits")
     if header is None:
         raise ResultError(f"{path} is a safetensors file but not a result of this package: check the path.")
-    if not _is_whole(header, arrays):
-        raise ResultError(f"{path} is damaged (its SHA-256 is not the one it was written with): make the result again.")
     try:
         fields = json.loads(header)
         if fields["format"] != FORMAT:
             raise ResultError(
                 f"{path} has format {fields['format']}, this version reads {FORMAT}: use the version that wrote it."
+            )
+        if not _is_whole(header, arrays):
+            raise ResultError(
+                f"{path} is damaged (its SHA-256 is not the one it was written with): make the result again."
             )
         data = xr.Dataset(
             {name: (fields["dims"][name], array) for name, array in arrays.items()}, coords=fields["coords"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import os
 import pickle
@@ -15,12 +16,15 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
 from common import lens, prompt, subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import sink_circuits as sc
 from sink_circuits import studies, weights
@@ -31,7 +35,7 @@ from sink_circuits.errors import ModelError, ResultError, SinkCircuitsError, Wei
 from sink_circuits.mass import MassAccount
 from sink_circuits.paths import PathEffect
 from sink_circuits.records import read_records
-from sink_circuits.results import write_dataset, write_whole
+from sink_circuits.results import SEAL, write_dataset, write_whole
 from sink_circuits.weights import Part
 
 ROOT = Path(sc.__file__).parent
@@ -225,6 +229,31 @@ def test_a_file_cut_anywhere_is_refused(kind, share):
         path.write_bytes(content[: int(len(content) * share)])
         with pytest.raises(ResultError):
             load(path)
+
+
+@pytest.mark.parametrize("kind", ["sinks", "effect"])
+def test_a_result_without_its_seal_is_refused(kind, tmp_path):
+    """Whatever was changed in it, taking the seal away would make it good."""
+    content, load, result = results()[kind]
+    path = tmp_path / "unsealed"
+    if kind == "sinks":
+        frame = pd.read_parquet(io.BytesIO(content))
+        del frame.attrs["sha256"]
+        frame.to_parquet(path)
+    else:
+        with safe_open(_written(path, content), framework="np") as file:
+            header = SEAL.sub("}", file.metadata()["sink_circuits"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        save_file(arrays, path, metadata={"sink_circuits": header})
+    with pytest.raises(ResultError, match="its SHA-256 is not the one it was written with") as error:
+        load(path)
+    one_sentence(error)
+    assert result is not None
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def loaders() -> dict:
