@@ -333,7 +333,7 @@ def with_controls(
     if "wrong layer" in controls:
         known = _forming_by_prompt(table, layer, forming)
         barred = [{*own, *also_forming, *known.get(p, ())} for own, p in zip(own_layers, table["prompt"], strict=True)]
-        wrong, reasons = _wrong_layers(table, own_layers, barred)
+        wrong, reasons = _wrong_layers(table, own_layers, barred, adapt(model).n_layers)
         matches.append(_layer_matches("wrong layer", wrong, reasons))
         if of := [index for index, one in enumerate(wrong) if one]:
             at = Sinks(table.iloc[of].reset_index(drop=True), sinks.prompts, sinks.manifest)
@@ -453,12 +453,15 @@ def _forming_by_prompt(table: pd.DataFrame, layer, forming: pd.Series | None) ->
 
 
 def _wrong_layers(
-    table: pd.DataFrame, own_layers: Sequence[Sequence[int]], barred: Sequence[set[int]]
+    table: pd.DataFrame, own_layers: Sequence[Sequence[int]], barred: Sequence[set[int]], n_layers: int
 ) -> tuple[list[tuple[int, ...]], list[str]]:
-    """For every sink as many layers as are edited, none of them barred, and why there are none where too few are left."""
+    """For every sink as many layers as are edited, none of them barred, and why there are none where too few are left.
+
+    The model's last layer is none: no attention reads what its MLP writes.
+    """
     chosen, reasons = [], []
     for (_, row), own, out in zip(table.iterrows(), own_layers, barred, strict=True):
-        others = [layer for layer in range(int(row["l_end"]) + 1) if layer not in out]
+        others = [layer for layer in range(min(int(row["l_end"]) + 1, n_layers - 1)) if layer not in out]
         few = len(others) < len(own)
         rng = np.random.default_rng(statistics.seed_of("wrong layer", row["prompt"], row["pos"], *own))
         chosen.append(() if few else tuple(sorted(int(x) for x in rng.choice(others, size=len(own), replace=False))))

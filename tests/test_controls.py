@@ -112,6 +112,17 @@ def test_layers_that_form_the_sinks_are_no_wrong_layers():
         assert int(layers.strip("[]")) not in forming[table["prompt"] == table.loc[index, "prompt"]].tolist()
 
 
+def test_the_last_layer_is_no_wrong_layer():
+    """Nothing reads what its MLP writes: there would be no effect to compare with, and no reason given."""
+    last = sc.adapt(lens()).n_layers - 1
+    table = treated().table.iloc[:1].assign(l_end=last).reset_index(drop=True)
+    sinks = sc.Sinks(table, treated().prompts, treated().manifest)
+    options = {"found": found(), "controls": ("wrong layer",), "n_random": 0, "verbose": False}
+    none = with_controls(lens(), sc.Tokens(TEXTS, NAMES), sinks, layer=6, also_forming=range(last), **options)
+    assert none.matches.query("control == 'wrong layer'")["layers"].tolist() == ["[]"]
+    assert "0 layers up to l_end" in none.by_sink()["unmatched"].item() + none.matches["reason"].iloc[0]
+
+
 def test_one_intervention_may_be_named_or_a_function():
     tokens, options = sc.Tokens(TEXTS, NAMES), {"found": found(), "controls": (), "n_random": 0, "verbose": False}
 
