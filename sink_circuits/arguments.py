@@ -132,9 +132,8 @@ def path(value, name: str = "path") -> Path:
     except UnicodeEncodeError as error:
         raise InputError(f"{name} = {shown(value)}: give the path of a file.") from error
     except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
-        raise InputError(
-            f"{name} = {shown(str(value))} cannot be reached ({error.strerror}): check the path."
-        ) from error
+        told = str(value) if len(str(value)) <= 200 else f"{str(value)[:98]}...{str(value)[-98:]}"  # the end says which
+        raise InputError(f"{name} = {told!r} cannot be reached ({error.strerror}): check the path.") from error
     return Path(value)
 
 
