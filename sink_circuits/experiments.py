@@ -311,16 +311,8 @@ def _joined(parts: list[Edit | Hold]) -> tuple[Edit | Hold, ...]:
 
 
 def _chunks(cells: list, size: int):
-    """Runs of cells that resume at one layer and position, at most `size` long: their rows share a batch."""
-    chunk: list = []
-    for cell in cells:
-        same = chunk and first_edit(chunk[0][0]) == first_edit(cell[0])
-        if chunk and (not same or len(chunk) >= size):
-            yield chunk
-            chunk = []
-        chunk.append(cell)
-    if chunk:
-        yield chunk
+    """At most `size` cells each, in order: those that resume at one layer and position share batches (`runs.batches`)."""
+    return (cells[at : at + size] for at in range(0, len(cells), size))
 
 
 def _rows_per_batch(

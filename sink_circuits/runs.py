@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sink_circuits import arguments
 from sink_circuits.arguments import is_whole, shown
-from sink_circuits.attention import AttentionSums, streamed_attention
+from sink_circuits.attention import AttentionSums, each, streamed_attention, threads_for
 from sink_circuits.errors import CacheError, InputError
 from sink_circuits.groups import KeyGroups, Masses
 from sink_circuits.holds import Hold, hold_functions, hook_of, n_held
@@ -26,9 +27,12 @@ from sink_circuits.interventions import Edit
 from sink_circuits.losses import loss_of_logits, next_token_kl, next_token_loss
 from sink_circuits.models import TOLERANCES, Adapter, adapt, relative_error
 from sink_circuits.prompts import as_tokens
-from sink_circuits.twin import BlockInputs, TwinRefused
+from sink_circuits.twin import BlockInputs, Twin, TwinRefused
 
 TINY = torch.finfo(torch.float32).tiny
+
+Resume = tuple[int, int]
+"""(first edited layer, first edited position) of the rows of a batch: an edited run starts there."""
 
 
 @dataclass(frozen=True)
@@ -412,13 +416,16 @@ def run_edited(
             "the fast path needs a clean run of its own, this one is the reference path's: use path='auto'."
         )
     fast = resolved == "fast" and clean.inputs is not None
-    make = _edited_fast if fast else _edited_reference
     runs: list[EditedRun | None] = [None] * len(cells)
-    for resume, members in batches([cell.edits for cell in cells], alone=adapter.mixes_rows):
+    plan = batches([cell.edits for cell in cells], alone=adapter.mixes_rows)
+    work = []
+    for resume, members in plan:
         batch = [cells[i] for i in members]
         unedited = [_Row()] if any(cell.holds for cell in batch) or (kl and not fast) else []
-        made = make(adapter, clean, unedited + batch, resume, loss, kl)
-        for i, run in zip(members, made[len(unedited) :], strict=True):
+        work.append((resume, unedited + batch))
+    made = (_edited_fast if fast else _edited_reference)(adapter, clean, work, loss, kl)
+    for (_, members), own in zip(plan, made, strict=True):
+        for i, run in zip(members, own[-len(members) :], strict=True):
             runs[i] = run if groups is not None else replace(run, mass=None)
     return runs
 
@@ -450,7 +457,7 @@ def first_edit(parts: Sequence[Edit | Hold]) -> tuple[int, int]:
     return min((e.layer for e in edits), default=-1), min((p for e in edits for p in e.positions), default=0)
 
 
-def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[tuple[tuple[int, int], list[int]]]:
+def batches(rows: Sequence[Sequence[Edit]], *, alone: bool = False) -> list[tuple[Resume, list[int]]]:
     """(resume point, indices of the rows that share a batch): those whose first edited layer and position are the same.
 
     So every cell that cannot change is the clean one by construction. Unedited rows join the largest batch. `alone`:
@@ -486,19 +493,79 @@ def _row_edit(rows: Sequence[_Row], layer: int, first: int, counter: list[int]) 
 
 
 def _edited_fast(
-    adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: tuple[int, int], loss: bool, kl: bool
-) -> list[EditedRun]:  # fmt: skip
+    adapter: Adapter, clean: CleanRun, work: Sequence[tuple[Resume, list[_Row]]], loss: bool, kl: bool
+) -> list[list[EditedRun]]:
+    """Batches beside each other, one thread for each, where they can be; the others one after another, on all threads.
+
+    A thread of its own is the faster way: most operations of a block are too short to be divided. Edits of a batch's
+    first layer are made here, in order: a function of the user's is never called from another thread.
+    """
+    floats = sum(len(rows) * clean.base[:, resume[1] :].numel() for resume, rows in work)
+    threads = threads_for(sum(len(rows) for _, rows in work), floats, clean.base.device)
+    shares = [(i, resume, share) for i, (resume, rows) in enumerate(work) for share in _shares(rows, resume, threads)]
+    if len(shares) == 1 or not all(_is_apart(rows, resume) for resume, rows in work):
+        threads = 1
+    begun = [_begin(adapter, clean, rows, resume) for _, resume, rows in shares]
+    twins: SimpleQueue[Twin] = SimpleQueue()
+    for twin in adapter.twin.beside(adapter.model, threads):
+        twins.put(twin)
+
+    def run(share: _Begun) -> list[EditedRun]:
+        twin = twins.get()
+        try:
+            return _resumed(adapter, clean, twin, share, loss, kl)
+        finally:
+            twins.put(twin)
+
+    made: list[list[EditedRun]] = [[] for _ in work]
+    for (i, _, _), runs in zip(shares, each(run, begun, threads), strict=True):
+        made[i] += runs
+    return made
+
+
+def _is_apart(rows: Sequence[_Row], resume: Resume) -> bool:
+    """Rows that need nothing of each other, nor an edit in the middle of a run; holds copy an unedited row beside them."""
+    return resume[0] >= 0 and not any(row.holds or any(e.layer > resume[0] for e in row.edits) for row in rows)
+
+
+def _shares(rows: list[_Row], resume: Resume, threads: int) -> list[list[_Row]]:
+    """A batch in as many parts as there are threads, where that leaves no remainder: rows of unequal parts would round
+    in different ways, and a no-op would not be an unedited row to the bit."""
+    if len(rows) % threads or not _is_apart(rows, resume):
+        return [rows]
+    size = len(rows) // threads
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+class _Begun(NamedTuple):
+    """Rows whose first edited layer's residual stream is there: where they resume, and what has been counted so far."""
+
+    rows: list[_Row]
+    resume: Resume
+    masses: Masses
+    start: int
+    resid: Tensor
+    counter: list[int]
+
+
+def _begin(adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: Resume) -> _Begun:
     first_layer, unchanged_before = resume
     masses = Masses.of(adapter, [row.groups for row in rows], clean.n_positions)
     # Without keys to reuse, the prefix is run again.
     start = int(min(unchanged_before, masses.first_query)) if clean.keys is not None else 0
     counter = [0]
     if first_layer < 0:
-        resid = clean.inputs.embed.expand(len(rows), -1, -1)
-    else:
-        contribution = clean.contribution[first_layer, start:].expand(len(rows), -1, -1)
-        edit = _row_edit(rows, first_layer, start, counter) or (lambda unedited: unedited)
-        resid = clean.base[first_layer, start:] + edit(contribution)
+        return _Begun(rows, resume, masses, start, clean.inputs.embed.expand(len(rows), -1, -1), counter)
+    contribution = clean.contribution[first_layer, start:].expand(len(rows), -1, -1)
+    edit = _row_edit(rows, first_layer, start, counter) or (lambda unedited: unedited)
+    return _Begun(rows, resume, masses, start, clean.base[first_layer, start:] + edit(contribution), counter)
+
+
+def _resumed(
+    adapter: Adapter, clean: CleanRun, twin: Twin, begun: _Begun, loss: bool, kl: bool
+) -> list[EditedRun]:  # fmt: skip
+    """The blocks above the first edited layer, and what is measured in them."""
+    rows, (first_layer, unchanged_before), masses, start, resid, counter = begun
     functions = {
         layer: f for layer in range(first_layer + 1, adapter.n_layers) if (f := _row_edit(rows, layer, start, counter))
     }
@@ -520,7 +587,7 @@ def _edited_fast(
         return clean.keys[layer][:, :, :start], clean.values[layer][:, :, :start]
 
     layers = range(first_layer + 1, adapter.n_layers)
-    for run in adapter.twin.run(
+    for run in twin.run(
         resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions, holds=held,
         groups=masses.columns, sums=masses.columns is not None,
     ):  # fmt: skip
@@ -539,7 +606,7 @@ def _edited_fast(
     if loss:
         before = clean.loss if clean.loss is not None or not start else clean_loss(adapter.model, clean)
         for row in range(len(rows)):
-            own = next_token_loss(adapter.twin.logits, resid[row], clean.tokens[start:])
+            own = next_token_loss(twin.logits, resid[row], clean.tokens[start:])
             losses[row] = torch.cat([before[:start], own]) if start else own
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
     columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
@@ -548,7 +615,7 @@ def _edited_fast(
         divergence = torch.zeros(len(rows), clean.n_positions, device=resid.device)
         clean_resid = clean.resid_post(adapter.n_layers - 1)[unchanged_before:]
         own = resid[:, unchanged_before - start :]
-        divergence[:, unchanged_before:] = next_token_kl(adapter.twin.logits, clean_resid, own)
+        divergence[:, unchanged_before:] = next_token_kl(twin.logits, clean_resid, own)
     return [
         EditedRun(row.edits, columns[i], resid_chosen[i], losses[i], "fast", row.holds, None if divergence is None else divergence[i],
                   masses.of_row[i])
@@ -576,7 +643,13 @@ def _unchanged_from(clean: Columns, edited: Columns, first_layer: int, start: in
 
 
 def _edited_reference(
-    adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: tuple[int, int], loss: bool, kl: bool
+    adapter: Adapter, clean: CleanRun, work: Sequence[tuple[Resume, list[_Row]]], loss: bool, kl: bool
+) -> list[list[EditedRun]]:
+    return [_hooked_batch(adapter, clean, rows, resume, loss, kl) for resume, rows in work]
+
+
+def _hooked_batch(
+    adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: Resume, loss: bool, kl: bool
 ) -> list[EditedRun]:  # fmt: skip
     layers = range(adapter.n_layers)
     first_layer, start = resume

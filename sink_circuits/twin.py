@@ -140,6 +140,13 @@ class Twin:
     parallel: bool
     argument_names: tuple[str, ...]
     taps: list[Tap] = field(default_factory=list)
+    others: list[Twin] = field(default_factory=list)
+
+    def beside(self, bridge, n: int) -> list[Twin]:
+        """`n` twins of one bridge, for as many threads: this one, and others around the same parameters, made once."""
+        while len(self.others) < n - 1:
+            self.others.append(Twin.of_bridge(bridge))
+        return [self, *self.others[: n - 1]]
 
     @staticmethod
     def of_bridge(bridge) -> Twin:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sink_circuits as sc
-from sink_circuits import planted, weights
+from sink_circuits import attention, planted, weights
 
 torch.set_num_threads(1)
 
@@ -71,3 +71,26 @@ def no_forward_pass():
     finally:
         handle.remove()
     assert not calls, f"modules were run: {calls[:5]}"
+
+
+@contextmanager
+def sizes(**limits: int):
+    """Limits of the room `attention` (floats in a block, keys from which the flash kernel serves...), changed for small layers."""
+    before = {name: getattr(attention, name) for name in limits}
+    vars(attention).update(limits)
+    try:
+        yield
+    finally:
+        vars(attention).update(before)
+
+
+@contextmanager
+def threads_of(threads: int):
+    """So many threads, started for however little work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with sizes(THREADED_FLOATS=0, BLOCK_ROWS=8):
+            yield
+    finally:
+        torch.set_num_threads(before)

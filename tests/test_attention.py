@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from common import sizes, threads_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -58,32 +59,9 @@ def dense(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> dic
 
 
 @contextmanager
-def sizes(**limits: int):
-    """The module's limits (floats in a block, keys from which the flash kernel serves...), changed for small layers."""
-    before = {name: getattr(attention, name) for name in limits}
-    vars(attention).update(limits)
-    try:
-        yield
-    finally:
-        vars(attention).update(before)
-
-
-@contextmanager
 def blocks_of(floats: int):
     with sizes(BLOCK_FLOATS=floats, SLAB_FLOATS=floats):
         yield
-
-
-@contextmanager
-def threads_of(threads: int):
-    """So many threads, started for however little work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with sizes(THREADED_FLOATS=0, BLOCK_ROWS=8):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 FLASH = {"FLASH_KEYS": 1}

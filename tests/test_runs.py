@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import threading
 
 import eager
 import hand
 import pytest
 import torch
-from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subject
+from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subject, threads_of
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sink_circuits as sc
@@ -114,6 +115,61 @@ def test_edits_in_one_batch_do_not_touch_each_other(backend, path):
     runs = sc.run_edited(lens(backend), clean, rows, path=path)
     for run, name in zip(runs, ("joint", "far apart", "positions", None), strict=True):
         check_columns(run.columns, by_hand(prompt(), EDITS.get(name)).pattern)
+
+
+@pytest.mark.parametrize(
+    "rows", [("single", "single"), ("single", "first layer", "last layer", "single"), ("joint", "single"), ("single",)]
+)
+def test_rows_on_threads_are_the_ones_by_hand(rows):
+    """Beside each other where nothing is edited in the middle of a run, one after another where there is."""
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, loss=True)
+    with threads_of(2):
+        runs = sc.run_edited(lens(), clean, [edits_of(EDITS[name]) for name in rows], loss=True, path="fast")
+    for run, name in zip(runs, rows, strict=True):
+        expected = by_hand(prompt(), EDITS[name])
+        check_columns(run.columns, expected.pattern)
+        loss = torch.nn.functional.cross_entropy(expected.logits[:-1], prompt()[1:], reduction="none")
+        assert (run.loss[:-1] - loss).abs().max() < 1e-3
+
+
+def test_rows_on_threads_are_in_order_and_alike_to_the_bit():
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
+    factors = [0.0, 1.0, 0.5, 0.0, 1.0, 0.5]
+    with threads_of(3):
+        runs = sc.run_edited(lens(), clean, [[sc.rescale(6, SINK, f)] for f in factors], path="fast")
+    for i in range(3):
+        assert torch.equal(runs[i].columns.log_attention, runs[i + 3].columns.log_attention)
+        assert torch.equal(runs[i].resid_post_chosen, runs[i + 3].resid_post_chosen)
+    resid = [float(run.resid_post_chosen[6, 2].norm()) for run in runs[:3]]
+    assert resid[0] < resid[2] < resid[1], "each row is in its own place"
+
+
+@pytest.mark.parametrize("layers", [(6,), (6, 8)])
+def test_a_users_function_is_called_in_order_and_from_the_users_thread(layers):
+    """It may draw numbers, count, or hold what only one thread may touch."""
+    clean, called = sc.run_clean(lens(), prompt(), chosen=CHOSEN), []
+
+    def own(label: str):
+        def function(c: torch.Tensor) -> torch.Tensor:
+            called.append((label, threading.current_thread() is threading.main_thread()))
+            return c * 0.5
+
+        return function
+
+    rows = [[sc.custom(layer, SINK, own(f"{row}.{layer}")) for layer in layers] for row in range(4)]
+    with threads_of(2):
+        sc.run_edited(lens(), clean, rows, path="fast")
+    assert called == [(f"{row}.{layer}", True) for layer in layers for row in range(4)]
+
+
+def test_what_fails_on_a_thread_is_told(monkeypatch):
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
+    rows = [[sc.zero(layer, SINK)] for layer in (6, 7, 8)]
+    monkeypatch.setattr(sc.runs, "_n_expected", lambda *given: 99)
+    with threads_of(2), pytest.raises(RuntimeError, match="99 edits and holds were asked for and 1 were made"):
+        sc.run_edited(lens(), clean, rows, path="fast")
+    monkeypatch.undo()
+    assert len(sc.run_edited(lens(), clean, rows, path="fast")) == 3, "no twin was lost"
 
 
 @pytest.mark.parametrize("backend_path", [("bridge", "fast", "fast"), ("bridge", "reference", "reference"), ("bridge", "fast", "reference"),
