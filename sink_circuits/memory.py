@@ -22,7 +22,7 @@ GIB = 1 << 30
 BATCH_BYTES = 1 << 29
 """What one batch of edited rows takes at most, however much memory there is (512 MiB): larger ones are no faster."""
 BATCH_TOKENS = 1024
-"""Tokens that one batch of edited rows holds on a CPU, or a row for each thread: larger ones leave its caches, and are slower."""
+"""Tokens of edited rows that one thread of a CPU takes at once, where one row has no more: larger shares are no faster."""
 SPARE = 0.9
 """Share of the memory that is free now which a run may take when no budget is set."""
 
@@ -94,6 +94,6 @@ def rows_within(memory: float | None, adapter: Adapter, need: Need, n_positions:
     rows = int(min(limit - need.clean, BATCH_BYTES) // need.row)
     if adapter.device.type == "cpu":
         threads = torch.get_num_threads()
-        rows = min(rows, max(threads, BATCH_TOKENS // n_positions))
+        rows = min(rows, threads * max(1, BATCH_TOKENS // n_positions))
         rows -= rows % threads if rows > threads else 0  # each thread takes a share of them
     return max(1, rows)
