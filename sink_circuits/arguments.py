@@ -77,6 +77,41 @@ def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> 
     return float(value)
 
 
+def share(value, name: str, *, whole: bool = False) -> float:
+    """`value` as a float. Raises InputError unless it is a number above 0 and below 1 (`whole`: at most 1)."""
+    if not is_number(value) or not (0 < float(value) < 1 or (whole and float(value) == 1)):
+        limit = "above 0, at most 1" if whole else "between 0 and 1"
+        raise InputError(f"{name} {shown(value)} is out of range: {limit}.")
+    return float(value)
+
+
+def numbers(values, name: str, axes: int | None = 1, *, infinite: bool = False) -> np.ndarray:
+    """`values` as an array of floats with so many axes (None: any), NaN where something is undefined.
+
+    Raises InputError for what holds anything but real numbers (a text, None, a truth value), for another number of axes, and for
+    infinities unless `infinite`.
+    """
+    try:
+        if hasattr(values, "detach"):  # a tensor
+            values = values.detach().cpu()
+            values = values.double() if values.is_floating_point() else values
+        array = np.asarray(values)
+        if array.dtype == object and not all(is_number(one) for one in array.flat):
+            raise TypeError
+        if array.dtype.kind not in "iufO" or isinstance(values, Mapping):
+            raise TypeError
+        array = array.astype(float)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{name} = {shown(values)}: give numbers, NaN for what is undefined.") from error
+    if axes is not None and array.ndim != axes:
+        raise InputError(
+            f"{name} have {array.ndim} dimensions: give {'a list' if axes == 1 else f'{axes}'} of numbers."
+        )
+    if not infinite and np.isinf(array).any():
+        raise InputError(f"some {name} are infinite: give finite ones, or NaN for what is undefined.")
+    return array
+
+
 def flag(value, name: str) -> bool:
     """`value` as a bool. Raises InputError for all else, however true it looks: "no" and 0 are not False."""
     if not isinstance(value, bool | np.bool_):

@@ -221,6 +221,7 @@ class Attribution:
 
         Raises InputError when neurons were not among the targets.
         """
+        n = arguments.whole(n, "n", low=1)
         if "neurons" not in self.data:
             raise InputError("neurons were not attributed: ask for targets=('contributions', 'neurons').")
         rows = []

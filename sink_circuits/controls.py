@@ -151,8 +151,10 @@ class Controlled:
         return pd.DataFrame(rows)
 
     def _check(self, outcome: str) -> None:
-        if outcome not in self.outcomes:
-            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(self.outcomes)}.")
+        if not isinstance(outcome, str) or outcome not in self.outcomes:
+            raise InputError(
+                f"outcome {arguments.shown(outcome)} was not measured: there are {', '.join(self.outcomes)}."
+            )
 
     def to_dataframe(self) -> pd.DataFrame:
         """Long format: one row per sink, edit and control (draws one by one), a column for every outcome."""

@@ -118,6 +118,7 @@ class Effect:
             raise InputError(
                 f"forming layers are read from a layer map, this is a {self.kind}: use layer_map(...).forming()."
             )
+        arguments.one_of(max_layer_of, "max_layer_of", ("l_start", "l_end"))
         effects = self.over_lifetime("log_odds").to_numpy().copy()
         edits = self.data["edit"].to_numpy()
         effects[edits[None, :] > self.table[max_layer_of].to_numpy()[:, None]] = np.nan

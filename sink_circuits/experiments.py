@@ -346,7 +346,7 @@ def resolve_layers(model, layer, layers, forming: pd.Series | None = None) -> Ca
         raise InputError("forming layers were given and would not be used: pass layer='forming' with them.")
     if isinstance(layer, str):
         if layer != "forming":
-            raise InputError(f"layer {layer!r} is unknown: give a number or 'forming'.")
+            raise InputError(f"layer {shown(layer)} is unknown: give a number or 'forming'.")
         if forming is None:
             raise InputError("forming layers are not known: pass forming=layer_map(...).forming().")
         forming = arguments.several(forming, "forming")

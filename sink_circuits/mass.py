@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks
-from sink_circuits.errors import InputError, ResultError
+from sink_circuits.errors import ResultError
 from sink_circuits.experiments import (
     EditsOf,
     _changes_nothing,
@@ -84,15 +84,13 @@ class MassAccount:
 
         `outcome`: "mass", the only one. `what`: "effect" (the change), "edited" or "clean". Raises InputError for others.
         """
-        if outcome != "mass":
-            raise InputError(f"outcome {outcome!r} was not measured: there is mass.")
+        arguments.one_of(outcome, "outcome", ("mass",), "there is {}")
         values = {
             "effect": self.change(),
             "edited": self.data["mass"],
             "clean": self.data["clean_mass"].broadcast_like(self.data["mass"]),
         }
-        if what not in values:
-            raise InputError(f"{what!r} is unknown: use 'effect', 'edited' or 'clean'.")
+        arguments.one_of(what, "what", values, "use 'effect', 'edited' or 'clean'")
         return values[what].mean("head").where(self.data["reading"]).mean("layer").transpose("sink", "edit", "group")
 
     def summary(self, *, confidence: float = 0.95) -> pd.DataFrame:

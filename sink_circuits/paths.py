@@ -89,8 +89,8 @@ class PathEffect:
 
     def effect(self, outcome: str = "score") -> xr.DataArray:
         """Edited minus clean, [sink, run, layer, head]. Raises InputError for an unknown outcome."""
-        if outcome not in OUTCOMES:
-            raise InputError(f"outcome {outcome!r} was not measured: there are {', '.join(OUTCOMES)}.")
+        if not isinstance(outcome, str) or outcome not in OUTCOMES:
+            raise InputError(f"outcome {arguments.shown(outcome)} was not measured: there are {', '.join(OUTCOMES)}.")
         return self.data[outcome] - self.data[f"clean_{outcome}"]
 
     def steps(self, outcome: str = "score") -> xr.DataArray:
@@ -123,8 +123,7 @@ class PathEffect:
             "steps": lambda: self.steps(outcome),
             "lost": lambda: self.lost(outcome),
         }
-        if what not in values:
-            raise InputError(f"{what!r} is unknown: use {', '.join(values)}.")
+        arguments.one_of(what, "what", values, "use {}")
         return values[what]().mean("head").where(self.data["reading"]).mean("layer")
 
     def summary(self, outcome: str | None = None, *, confidence: float = 0.95) -> pd.DataFrame:

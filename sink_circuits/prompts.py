@@ -137,6 +137,7 @@ class PromptSet(Sequence):
 
     def worded(self, wording: str) -> PromptSet:
         """Every text put in the place of `{question}` in `wording`. Raises InputError where it has no such place, or is not one."""
+        arguments.text(wording, "wording")
         if wording.count("{question}") != 1:
             raise InputError(
                 f"wording {wording[:60]!r} holds `{{question}}` {wording.count('{question}')} times: once is needed."

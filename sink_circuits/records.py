@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from sink_circuits import arguments
-from sink_circuits.arguments import MOST
+from sink_circuits.arguments import MOST, shown
 from sink_circuits.detection import OfficialResult, official_type
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.results import write_whole
@@ -29,22 +29,46 @@ LENGTHS = ("sample_index", "prompt_len", "response_len", "full_text_len")
 
 @dataclass(frozen=True)
 class CandidateSink:
-    """One token as the published procedure sees it: the layers of high cosine (ascending), its id, its type."""
+    """One token as the published procedure sees it: the layers of high cosine (ascending), its id, its type.
+
+    Raises InputError for what a line could not say.
+    """
 
     layers: tuple[int, ...]
     token_id: int
     sink_type: str
 
+    def __post_init__(self):
+        layers = tuple(arguments.whole(layer, "layer") for layer in arguments.several(self.layers, "layers"))
+        if list(layers) != sorted(set(layers)):
+            raise InputError(f"layers = {shown(layers)}: give ascending numbers, each once.")
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "token_id", arguments.whole(self.token_id, "token_id"))
+        arguments.one_of(self.sink_type, "sink_type", SINK_TYPES)
+
 
 @dataclass(frozen=True)
 class Record:
-    """One line: the candidate sinks of one text by position, and how long prompt, response and both together are."""
+    """One line: the candidate sinks of one text by position, and how long prompt, response and both together are.
+
+    Raises InputError for what a line could not say.
+    """
 
     candidate_sinks: Mapping[int, CandidateSink]
     sample_index: int
     prompt_len: int
     response_len: int
     full_text_len: int
+
+    def __post_init__(self):
+        remedy = "give CandidateSinks by position"
+        sinks = arguments.instance(self.candidate_sinks, "candidate_sinks", Mapping, remedy)
+        for sink in sinks.values():
+            arguments.instance(sink, "a candidate sink", CandidateSink, remedy)
+        made = {arguments.whole(position, "position"): sink for position, sink in sinks.items()}
+        object.__setattr__(self, "candidate_sinks", made)
+        for name in LENGTHS:
+            object.__setattr__(self, name, arguments.whole(getattr(self, name), name))
 
     def to_json(self) -> str:
         """The line, without its line break."""
@@ -62,11 +86,17 @@ def record_of(
 
     As the published code writes it: the BOS sink stands first, with the layers that were looked at and the type that their
     number gives in a model of `n_layers`; then the others in the order in which they are met, layer by layer. Raises
-    InputError when the result belongs to another text or the prompt is longer than the text.
+    InputError when the result belongs to another text or model or the prompt is longer than the text.
     """
-    ids = [int(i) for i in token_ids]
-    prompt_len = len(ids) if prompt_len is None else prompt_len
-    if not 0 <= prompt_len <= len(ids):
+    arguments.instance(found, "found", OfficialResult, "pass what official() returns")
+    ids = [arguments.whole(i, "token id") for i in arguments.several(token_ids, "token_ids")]
+    n_layers = arguments.whole(n_layers, "n_layers", low=1)
+    if found.last_layer >= n_layers:
+        raise InputError(
+            f"n_layers = {n_layers}, but layer {found.last_layer} was looked at: give the model that it was found in."
+        )
+    prompt_len = len(ids) if prompt_len is None else arguments.whole(prompt_len, "prompt_len")
+    if prompt_len > len(ids):
         raise InputError(f"prompt_len = {prompt_len} is out of range: the text has {len(ids)} tokens.")
     if beyond := [position for position in (found.bos, *found.layers) if position >= len(ids)]:
         raise InputError(
@@ -82,8 +112,9 @@ def record_of(
 
 def write_records(path: str | Path, records: Sequence[Record], overwrite: bool = False) -> None:
     """One JSON line per record, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
+    path, records = arguments.path(path), _records(records)
     text = "".join(record.to_json() + "\n" for record in records)
-    write_whole(Path(path), lambda temporary: temporary.write_text(text, "utf-8"), overwrite=overwrite)
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"), overwrite=overwrite)
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -117,11 +148,18 @@ def records_table(records: Sequence[Record]) -> pd.DataFrame:
     """
     rows = [
         (r.sample_index, position, s.token_id, s.sink_type, min(s.layers), max(s.layers), len(s.layers))
-        for r in records
+        for r in _records(records)
         for position, s in r.candidate_sinks.items()
     ]
     table = pd.DataFrame(rows, columns=["sample_index", "pos", "token_id", "sink_type", "l_start", "l_end", "lifetime"])
     return table.astype({name: "int64" for name in table.columns if name != "sink_type"})
+
+
+def _records(records) -> tuple[Record, ...]:
+    made = arguments.several(records, "records", empty=True)
+    for one in made:
+        arguments.instance(one, "a record", Record, "make it with record_of(), or read_records()")
+    return made
 
 
 def _parsed(fields) -> Record:

@@ -60,6 +60,7 @@ class SinkScores:
 
         Raises InputError when scores were asked for other positions only.
         """
+        eps = arguments.number(eps, "eps", 0, 1)
         for name, keys in zip(self.tokens.names, self.keys or (), strict=self.keys is not None):
             if 0 not in keys:
                 raise InputError(f"the sink rate is position 0's, and prompt {name!r} has scores of {keys}: add key 0.")

@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.stats
 from jaxtyping import Float
 
+from sink_circuits import arguments
 from sink_circuits.arguments import is_number, shown
 from sink_circuits.errors import InputError
 
@@ -95,12 +96,15 @@ class Split:
 
 def seed_of(*names) -> int:
     """A seed from names: any single cell run again alone draws the same numbers."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()[:8], "little")
+    text = "\x1f".join(map(str, names)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def prompt_means(values, prompts) -> np.ndarray:
     """One number per prompt: the mean over its sinks, NaN left out; prompts with nothing left are dropped."""
-    frame = pd.DataFrame({"prompt": list(prompts), "value": np.asarray(values, dtype=float)}).dropna()
+    values = arguments.numbers(values, "values")
+    prompts = pd.Series(_labels(prompts, len(values), "prompts"), dtype=object)
+    frame = pd.DataFrame({"prompt": prompts, "value": values}).dropna()
     return frame.groupby("prompt", sort=False)["value"].mean().to_numpy()
 
 
@@ -125,7 +129,8 @@ def bootstrap_over_prompts(values, prompts, *, name: str, confidence: float = 0.
     (`expanded_tail`), so that for normal values it is about as long as Student's. No resample's mean lies outside the data:
     with 2 or 3 prompts the interval is their range, and still too short. Raises InputError for a confidence outside (0, 1).
     """
-    _check_confidence(confidence)
+    confidence = _confidence(confidence)
+    _check_name(name)
     return _bootstrap(prompt_means(values, prompts), functools.partial(_draws, name), confidence)
 
 
@@ -134,10 +139,12 @@ def bootstrap_columns(values, prompts, *, name: str | Sequence[str], confidence:
 
     `name`: one for all columns, which are then resampled together, or one for each. Raises InputError.
     """
-    _check_confidence(confidence)
+    confidence = _confidence(confidence)
     values = _table(values, "sinks and columns")
-    prompts = np.asarray(_labels(prompts, len(values), "prompts"), dtype=object)
-    names = [name] * values.shape[1] if isinstance(name, str) else list(name)
+    prompts = pd.Series(_labels(prompts, len(values), "prompts"), dtype=object).to_numpy()
+    names = [name] * values.shape[1] if isinstance(name, str) else list(arguments.several(name, "name", empty=True))
+    for one in names:
+        _check_name(one)
     if len(names) != values.shape[1]:
         raise InputError(f"{len(names)} names for {values.shape[1]} columns: give one name, or one per column.")
     patterns: dict[bytes, list[int]] = {}  # columns that lack the same rows have the same prompts
@@ -154,14 +161,18 @@ def bootstrap_columns(values, prompts, *, name: str | Sequence[str], confidence:
     )
 
 
-@functools.cache
 def expanded_tail(n: int, confidence: float = 0.95) -> float:
     """The share of resamples left out at either end of the interval for n values: Phi(-sqrt(n / (n - 1)) t), where t is
     Student's quantile at (1 + confidence) / 2 with n - 1 degrees of freedom.
 
     The resamples' spread is short by sqrt((n - 1) / n), and a normal's tails by a t's (Hesterberg, The American Statistician 69,
-    2015, section 4.2.1). With n = 6 at 95 %: 0.0024; it nears (1 - confidence) / 2 as n grows.
+    2015, section 4.2.1). With n = 6 at 95 %: 0.0024; it nears (1 - confidence) / 2 as n grows. Raises InputError for n below 2.
     """
+    return _expanded_tail(arguments.whole(n, "n", low=2), _confidence(confidence))
+
+
+@functools.cache
+def _expanded_tail(n: int, confidence: float) -> float:
     t = scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
     return float(scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * t))
 
@@ -178,7 +189,7 @@ def _bootstrap(means: np.ndarray, draws: Callable[[int], np.ndarray], confidence
         return Estimate(float(means[0]), np.nan, np.nan, 1)
     if np.ptp(means) == 0:
         return Estimate(float(means[0]), float(means[0]), float(means[0]), len(means))
-    tail = expanded_tail(len(means), confidence)
+    tail = _expanded_tail(len(means), confidence)
     low, high = np.sort(
         np.percentile(means[draws(len(means))].mean(axis=-1), [tail * 100, (1 - tail) * 100])
     )  # equal up to rounding they may come out of order
@@ -197,6 +208,7 @@ def sign_flip_test(values, prompts, *, alternative: str = "two-sided", name: str
     if it were not there. Two-sided p <= 0.05 needs 6 prompts (`prompts_needed`); one prompt gives 1, none NaN.
     """
     _check_alternative(alternative)
+    _check_name(name)
     means = prompt_means(values, prompts)
     if not len(means):
         return TestResult(np.nan, np.nan, np.nan, 0, alternative)
@@ -216,6 +228,7 @@ def max_t(
     exact and drawn patterns as in `sign_flip_test`. `smallest_p`: no p of that cell can be smaller.
     """
     _check_alternative(alternative)
+    _check_name(name)
     effects = _table(effects, "prompts and cells")
     given = np.isfinite(effects)
     n = given.sum(axis=0)
@@ -259,14 +272,13 @@ def _sign_patterns(n: int, n_cells: int, exact: bool, name: str) -> Iterator[Flo
 def smallest_sign_flip_p(n: int, alternative: str = "two-sided") -> float:
     """The smallest p that n prompts with effects other than 0 can give when all patterns are tried: 2^-n, twice that two-sided."""
     _check_alternative(alternative)
+    n = arguments.whole(n, "n")
     return min(1.0, 2.0 ** ((alternative == "two-sided") - n))
 
 
 def prompts_needed(alpha: float = 0.05, alternative: str = "two-sided") -> int:
     """How many prompts a sign-flip test needs so that p <= alpha is possible at all: 6 for 0.05 two-sided."""
-    if not 0 < alpha <= 1:
-        raise InputError(f"alpha {alpha} is out of range: above 0, at most 1.")
-    n = 1
+    alpha, n = arguments.share(alpha, "alpha", whole=True), 1
     while smallest_sign_flip_p(n, alternative) > alpha:
         n += 1
     return n
@@ -286,7 +298,7 @@ def trend_test(
     """
     _check_alternative(alternative)
     values = _table(values, "prompts and doses")
-    dose = np.asarray(dose, dtype=float)
+    dose = arguments.numbers(dose, "doses")
     if dose.shape != values.shape[1:] or not np.isfinite(dose).all():
         raise InputError(f"{dose.size} doses for {values.shape[1]} columns of values: give one finite dose per column.")
     if len(np.unique(dose)) < MIN_DOSES:
@@ -312,10 +324,13 @@ def equivalence_test(values, prompts, margin: float, *, name: str = "equivalence
     is 2^-n, so that p <= 0.05 needs 5 prompts. Say the margin before looking. The statistic is the mean. Raises
     InputError for a margin that is not above 0.
     """
-    if not (isinstance(margin, int | float | np.number) and 0 < margin < math.inf):
-        raise InputError(f"margin {margin!r} is not allowed: give the largest effect that counts as none, above 0.")
+    if not is_number(margin) or not 0 < float(margin) < math.inf:
+        raise InputError(
+            f"margin {shown(margin)} is not allowed: give the largest effect that counts as none, above 0."
+        )
+    margin = float(margin)
     means = prompt_means(values, prompts)
-    alternative = f"within ±{float(margin):g}"
+    alternative = f"within ±{margin:g}"
     if not len(means):
         return TestResult(np.nan, np.nan, np.nan, 0, alternative)
     above, below = (
@@ -338,10 +353,8 @@ def difference_to_controls(
     `effects`: one per sink; `controls`: [sink] or [sink, control], several per sink are averaged, NaN left out. Sinks
     without an effect or without any control are left out; those without a control are counted. Raises InputError.
     """
-    effects = np.asarray(effects, dtype=float)
-    if effects.ndim != 1:
-        raise InputError(f"effects have {effects.ndim} dimensions: give one number per sink.")
-    controls = np.asarray(controls, dtype=float)
+    effects = arguments.numbers(effects, "effects")
+    controls = arguments.numbers(controls, "controls", axes=None)
     controls = _table(controls[:, None] if controls.ndim == 1 else controls, "sinks and controls")
     if len(controls) != len(effects):
         raise InputError(f"controls of {len(controls)} sinks for effects of {len(effects)}: give a row per sink.")
@@ -365,7 +378,9 @@ def rank_among_controls(value: float, controls, *, alternative: str = "greater")
     19 are needed for p <= 0.05, without any p is 1. A NaN value has p NaN.
     """
     _check_alternative(alternative)
-    controls = np.asarray(controls, dtype=float).reshape(-1)
+    if not is_number(value):
+        raise InputError(f"value = {shown(value)}: give a number, NaN where it is undefined.")
+    value, controls = float(value), arguments.numbers(controls, "controls", axes=None, infinite=True).reshape(-1)
     controls = controls[~np.isnan(controls)]
     n = len(controls)
     both = 2 if alternative == "two-sided" else 1
@@ -405,7 +420,7 @@ def benjamini_hochberg(pvalues) -> np.ndarray:
 
 
 def _adjusted(pvalues, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    p = np.asarray(pvalues, dtype=float)
+    p = arguments.numbers(pvalues, "p-values", axes=None)
     given = ~np.isnan(p)
     if ((p[given] < 0) | (p[given] > 1)).any():
         raise InputError("a p-value lies outside [0, 1]: give p-values.")
@@ -424,12 +439,12 @@ def discovery_confirmation_split(
     and of all together too). Which depends on the names alone, not on their order. Raises InputError for a prompt named
     twice, fewer than 2, or a share that leaves one side empty.
     """
-    prompts = list(prompts)
+    prompts = _labels(prompts, None, "prompts")
+    _check_name(name)
     if len(set(prompts)) < len(prompts):
         raise InputError("a prompt is named twice: a split must know each once, or one could stand on both sides.")
-    labels = _labels([None] * len(prompts) if kinds is None else kinds, len(prompts), "kinds")
-    if not 0 < share < 1:
-        raise InputError(f"share {share} is out of range: between 0 and 1.")
+    labels = [""] * len(prompts) if kinds is None else _labels(kinds, len(prompts), "kinds")
+    share = arguments.share(share, "share")
     # Kind by kind, each shuffled; then the prompts at which the running total of shares passes a whole number.
     place = sorted(range(len(prompts)), key=lambda i: (str(labels[i]), seed_of("split", name, prompts[i])))
     totals = np.floor(share * np.arange(len(prompts) + 1) + 0.5)
@@ -442,27 +457,32 @@ def discovery_confirmation_split(
     return Split(*map(tuple, sides))
 
 
-def _check_confidence(confidence: float) -> None:
-    if not is_number(confidence) or not 0 < confidence < 1:
-        raise InputError(f"confidence {shown(confidence)} is out of range: between 0 and 1, 0.95 for example.")
+def _confidence(confidence: float) -> float:
+    return arguments.share(confidence, "confidence")
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"name = {shown(name)}: give a text, numbers are drawn from it.")
 
 
 def _check_alternative(alternative: str) -> None:
-    if alternative not in ALTERNATIVES:
-        raise InputError(f"alternative {alternative!r} is unknown: use one of {', '.join(ALTERNATIVES)}.")
+    arguments.one_of(alternative, "alternative", ALTERNATIVES)
 
 
 def _table(values, dims: str) -> Float[np.ndarray, "row column"]:
-    table = np.asarray(values, dtype=float)
+    table = arguments.numbers(values, "values", axes=None)
     if table.ndim != 2:
         raise InputError(f"values have {table.ndim} dimensions: give two, {dims}.")
-    if np.isinf(table).any():
-        raise InputError("some values are infinite: give finite ones, or NaN for what is undefined.")
     return table
 
 
-def _labels(labels, n: int, what: str) -> list:
-    labels = list(labels)
-    if len(labels) != n:
-        raise InputError(f"{len(labels)} {what} for {n} rows of values: give one per row.")
-    return labels
+def _labels(labels, n: int | None, what: str) -> list:
+    """Names, one per row: of tensors and arrays their numbers, for a tensor's parts are never equal; none may be missing."""
+    made = list(arguments.several(labels.tolist() if hasattr(labels, "tolist") else labels, what, empty=True))
+    if n is not None and len(made) != n:
+        raise InputError(f"{len(made)} {what} for {n} rows of values: give one per row.")
+    for one in made:
+        if not isinstance(one, Hashable) or one is None or one is pd.NA or one != one:
+            raise InputError(f"{what} hold {shown(one)}: name each, by a text or a number.")
+    return made

@@ -348,7 +348,7 @@ class WorkerPool(concurrent.futures.Executor):
     """
 
     def __init__(self, workers: int):
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers)
+        self._threads = concurrent.futures.ThreadPoolExecutor(arguments.whole(workers, "workers", low=1))
         self._own = threading.local()
         self._pools: list[concurrent.futures.ProcessPoolExecutor] = []
 

@@ -261,7 +261,7 @@ def test_neurons_refuse_what_they_cannot_do():
     for wrong in (0, -0.5, 1.5):
         with pytest.raises(InputError, match="share"):
             carrying.carriers(wrong)
-    with pytest.raises(InputError, match="n = 33 neurons: at least 1, at most 32"):
+    with pytest.raises(InputError, match="n = 33: at most 32"):
         carrying.named(0, 33)
     with pytest.raises(InputError, match="n_random"):
         anatomy.ablate_neurons(model, [prompt()], sinks, carrying, n_random=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import eager
+import pandas as pd
 import pytest
 import torch
 from common import BACKENDS, REAL, SINK, by_hand, lens, no_forward_pass, prompt, real, real_run, subject
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from test_planted import CARRIED, centred, cosine_with_primary, norm_ratio, score
 
 import sink_circuits as sc
-from sink_circuits.detection import COLUMNS, geometry_of, layer_runs, primary_direction, robust_rows, split_phases
+from sink_circuits.detection import (
+    COLUMNS,
+    find_primary,
+    geometry_of,
+    layer_runs,
+    primary_direction,
+    robust_rows,
+    split_phases,
+)
 from sink_circuits.errors import CacheError, InputError, ResultError
 from sink_circuits.runs import CleanRun
 
@@ -88,6 +97,12 @@ def test_a_part_left_out_is_seen(part, expected):
     assert tuple(sinks.table.columns) == COLUMNS
     full = sc.find_sinks(lens(), prompt(), verbose=False).table
     assert (sinks.table.dtypes.drop(["prompt", "token", "kind"]) == full.dtypes.drop(["prompt", "token", "kind"])).all()
+
+
+def test_a_token_is_no_markup_in_a_notebook():
+    sinks = sc.find_sinks(lens(), prompt(), verbose=False)
+    hostile = sc.Sinks(sinks.table.assign(token="<script>x</script>"), sinks.prompts, sinks.manifest)
+    assert "<script>" not in hostile._repr_html_() and "&lt;script&gt;" in hostile._repr_html_()
 
 
 def test_no_sinks_prints_as_none():
@@ -365,6 +380,21 @@ def test_exactly_the_norm_threshold_is_not_above_it():
     assert rows_of(resid) == {0: [("primary", 1, 4, 1)]}
 
 
+def test_a_primary_that_only_touches_the_threshold_ends_before_it():
+    resid = torch.zeros(8, N_POS, 4)
+    resid[:, :, 1] = 1.0
+    resid[:, 0, 1], resid[1:7, 0, 0] = 0.0, 40.0
+    resid[5, 0, 0] = resid[6, 0, 0] = 2.5
+    assert rows_of(resid) == {0: [("primary", 1, 4, 1)]}
+
+
+def test_a_candidates_size_is_that_of_its_sink_layers_alone():
+    ratio = torch.ones(6, 8)
+    ratio[1:4, 0], ratio[4, 0] = 10.0, 2.4  # what stands behind its life is none of it
+    ratio[1:4, 1] = 10.5
+    assert find_primary(ratio, sc.Thresholds()) == 1
+
+
 def test_sinks_at_the_last_layer_and_the_last_token():
     """Nothing reads the last layer's residual, few queries see the last tokens: their scores are not defined."""
     resid = stream(10)
@@ -602,6 +632,8 @@ def test_primary_direction():
         raw = run.residuals[layer, 0]
         assert (primary_direction(clean, layer, raw=True) - raw / raw.norm()).abs().max() < 1e-5
         assert primary_direction(clean, layer) @ subject().truth.direction > 0.99
+    with pytest.raises(InputError, match=r"a row with \['pos'\] has no primary_pos: pass a row of a sink table"):
+        primary_direction(clean, 8, pd.Series({"pos": 3}))
     centre = centred(run.residuals)[8, SINK]
     assert (primary_direction(clean, 8, SINK) - centre / centre.norm()).abs().max() < 1e-5
 

@@ -301,7 +301,7 @@ def test_the_diagram_says_what_was_not_measured(results):
         "<br>", " "
     )
     assert "Not measured: neurons and readers." in title
-    with pytest.raises(InputError, match="sink 99 is out of range"):
+    with pytest.raises(InputError, match="sink = 99: at most 4"):
         figures.circuit_figure(results.writers, sink=99)
 
 

@@ -7,6 +7,7 @@ hypothesis draws, that it does not take must be refused; numbers of numpy and to
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -21,13 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import arguments, planted
+from sink_circuits import anatomy, arguments, calibration, planted, records, statistics
 from sink_circuits.arguments import shown
 from sink_circuits.cli import main
 from sink_circuits.errors import InputError, SinkCircuitsError
 from sink_circuits.outcomes import as_outcomes
 from sink_circuits.runs import CleanRun
-from sink_circuits.statistics import bootstrap_over_prompts
 
 N_LAYERS, N_TOKENS = 24, 96
 
@@ -144,6 +144,49 @@ def tokens(value) -> bool:
     )
 
 
+def real(value) -> bool:
+    """Numbers of any shape, NaN and infinities included."""
+    if isinstance(value, str | bytes | dict):
+        return False
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return False
+    return array.dtype.kind in "iuf" or (
+        array.dtype.kind == "O" and all(isinstance(one, int) and not isinstance(one, bool) for one in array.flat)
+    )
+
+
+def values(*lengths: int) -> Callable:
+    """Finite numbers or NaN, with so many of them along each axis."""
+
+    def takes(value) -> bool:
+        return real(value) and np.shape(value) == lengths and not np.isinf(np.asarray(value, dtype=float)).any()
+
+    return takes
+
+
+def pvalues(value) -> bool:
+    return real(value) and not ((np.asarray(value, dtype=float) < 0) | (np.asarray(value, dtype=float) > 1)).any()
+
+
+def inside(value) -> bool:
+    return number(0, 1)(value) and 0 < value < 1
+
+
+def up_to_one(value) -> bool:
+    return number(0, 1)(value) and value > 0
+
+
+def labels(n: int) -> Callable:
+    """So many names or numbers."""
+    return lambda value: isinstance(value, list | torch.Tensor) and np.shape(value) == (n,) and value[0] is not None
+
+
+def seed(value) -> bool:
+    return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
+
+
 # ------------------------------------------------------------------------------------------------------------- doors
 @functools.cache
 def found() -> sc.Sinks:
@@ -166,6 +209,34 @@ def on(**more) -> dict:
 
 def at(**more) -> dict:
     return on(sinks=found().select("secondary"), verbose=False, **more)
+
+
+@functools.cache
+def carriers() -> anatomy.Neurons:
+    return anatomy.neurons(**at(layer=6))
+
+
+@functools.cache
+def writing() -> anatomy.Writers:
+    return anatomy.writers(**at())
+
+
+@functools.cache
+def patterns() -> anatomy.AttentionPatterns:
+    return anatomy.attention_patterns(**at())
+
+
+@functools.cache
+def minimal() -> planted.Planted:
+    return planted.minimal()
+
+
+def official() -> records.OfficialResult:
+    return records.OfficialResult(0, 1, 3, {0: [1], 5: [1, 2]}, {0: "noise", 5: "noise"})
+
+
+CANDIDATE = records.CandidateSink((1, 2), 3, "secondary")
+RECORD = records.Record({5: CANDIDATE}, 0, 1, 1, 2)
 
 
 def zeroed(label, row):
@@ -357,8 +428,119 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         "kind": word("primary", "secondary", "primary-like", "bos_sink", "noise"),
     }),
     "as_outcomes": (lambda: (as_outcomes, {}), {"given": optional(none_of_them)}),
-    "bootstrap_over_prompts": (lambda: (bootstrap_over_prompts, {"values": [1.0, 2.0], "prompts": ["a", "b"], "name": "n"}), {
-        "confidence": nothing,
+}  # fmt: skip
+
+TEXTS = {"model": nothing, "tokens": tokens, "sinks": nothing, "attention_mask": NONE, "verbose": flag}
+OWN_LAYER = {"layer": LAYER, "forming": NONE}
+TABLE |= {
+    "anatomy.neurons": (lambda: (anatomy.neurons, at(layer=6)), {**TEXTS, **OWN_LAYER}),
+    "anatomy.mlp_stages": (lambda: (anatomy.mlp_stages, at(layer=6)), {**TEXTS, **OWN_LAYER}),
+    "anatomy.pca": (lambda: (anatomy.pca, at(layer=6)), {  # one sink has no same-token control: nothing is taken
+        "layer": nothing, "forming": nothing, "alphas": nothing, "sinks": nothing,
+    }),
+    "anatomy.clustering": (lambda: (anatomy.clustering, at(layers=[6])), {"layers": nothing, "sinks": nothing}),
+    "anatomy.writers": (lambda: (anatomy.writers, at()), TEXTS),
+    "anatomy.norms_by_layer": (lambda: (anatomy.norms_by_layer, at()), TEXTS),
+    "anatomy.score_by_lifetime": (lambda: (anatomy.score_by_lifetime, at()), {**TEXTS, "min_queries": QUERIES}),
+    "anatomy.key_query_geometry": (lambda: (anatomy.key_query_geometry, at()), {
+        **TEXTS, "min_queries": QUERIES, "n_heads": QUERIES,
+    }),
+    "anatomy.attention_patterns": (lambda: (anatomy.attention_patterns, at()), {
+        **TEXTS, "n_heads": QUERIES, "n_positions": whole(2, 512), "around": whole(), "min_queries": whole(1, 55),
+    }),
+    "anatomy.matrix_entropy": (lambda: (anatomy.matrix_entropy, at(layers=[6], seen=[9])), {
+        **TEXTS, "layers": optional(several(LAYER)), "seen": optional(several(QUERIES)),
+    }),
+    "anatomy.ablate_neurons": (lambda: (anatomy.ablate_neurons, at(found=carriers(), n=1, n_random=1)), {
+        **TEXTS, "found": nothing, "n": optional(whole(1, 16)), "n_random": whole(1, 100), "share": up_to_one, "no_such": nothing,
+    }),
+    "anatomy.against_random": (lambda: (anatomy.against_random, {}), {"effect": nothing}),
+    "anatomy.levels": (lambda: (anatomy.levels, {"sources": found()}), {"sources": nothing, "kinds": nothing}),
+    "Neurons.carriers": (lambda: (carriers().carriers, {}), {"share": up_to_one}),
+    "Neurons.named": (lambda: (carriers().named, {"sink": 0, "n": 1}), {"sink": whole(0, 0), "n": optional(whole(1, 32))}),
+    "Neurons.name_of": (lambda: (carriers().name_of, {"sink": 0, "neuron": 0}), {"sink": whole(0, 0), "neuron": whole(0, 31)}),
+    "Neurons.recurring": (lambda: (carriers().recurring, {}), {"n": QUERIES}),
+    "Writers.peak": (lambda: (writing().peak, {}), {"direction": word("start", "life", "end")}),
+    "Writers.by_part": (lambda: (writing().by_part, {}), {"direction": word("start", "life", "end")}),
+    "Writers.top": (lambda: (writing().top, {}), {"n": QUERIES}),
+    "Writers.save": (lambda: (writing().save, {}), TARGET),
+    "AttentionPatterns.of": (lambda: (patterns().of, {}), {"prompt": NONE}),
+    "Anatomy.load": (lambda: (anatomy.Anatomy.load, {}), FILE),
+    "Effect.forming": (lambda: (mapped().forming, {}), {"max_layer_of": word("l_start", "l_end")}),
+    "WorkerPool": (lambda: (sc.WorkerPool, {}), {"workers": whole(1)}),
+    "PromptSet.worded": (lambda: (sc.load_prompts("all", 1).worded, {}), {"wording": nothing}),
+    "SinkScores.sink_rate": (lambda: (sc.sink_scores(**on()).sink_rate, {}), {"eps": number(0, 1)}),
+    "CandidateSink": (lambda: (records.CandidateSink, {"layers": (1, 2), "token_id": 3, "sink_type": "noise"}), {
+        "layers": lambda value: several(whole())(value) and sorted(value) == list(value), "token_id": whole(),
+        "sink_type": word("secondary", "bos_sink", "noise"),
+    }),
+    "Record": (lambda: (records.Record, dict(vars(RECORD))), {
+        "candidate_sinks": lambda value: isinstance(value, dict) and not value, **dict.fromkeys(records.LENGTHS, whole()),
+    }),
+    "record_of": (lambda: (records.record_of, {"found": official(), "token_ids": range(9), "sample_index": 0, "n_layers": 24}), {
+        "found": nothing, "token_ids": lambda value: several(whole(), distinct=False)(value) and len(value) > 5, "sample_index": whole(),
+        "n_layers": whole(4), "prompt_len": optional(whole(0, 9)),
+    }),
+    "write_records": (lambda: (records.write_records, {"path": "x", "records": [RECORD]}), {**TARGET, "overwrite": flag}),
+    "write_records, records": (lambda: (records.write_records, {"path": "/proc/none/x"}), {"records": nothing}),
+    "read_records": (lambda: (records.read_records, {}), FILE),
+    "records_table": (lambda: (records.records_table, {}), {"records": none_of_them}),
+    "planted.minimal": (lambda: (planted.minimal, {}), {"without": none_of_them}),
+    "random_plant": (lambda: (planted.random_plant, {"name": "x"}), {
+        "name": seed, "variant": NONE, "phases": NONE, "n_secondary": optional(whole(0, 3)), "noise": optional(number(0, 2)),
+    }),
+    "null_plant": (lambda: (planted.null_plant, {"name": "x"}), {"name": seed, "variant": NONE, "noise": optional(number(0, 2))}),
+    "Plant.window": (lambda: (minimal().window, {}), {"layer": LAYER}),
+    "Plant.text": (lambda: (minimal().text, {"name": "a", "n_tokens": 50}), {"name": seed, "n_tokens": whole(2, 1024)}),
+    "Planted.tokens": (lambda: (minimal().tokens, {}), {
+        "n_tokens": whole(61, 1024), "seed_name": seed,
+        **dict.fromkeys(("sinks", "decoys"), several(whole(1, 95), empty=True, distinct=False)),
+    }),
+    "Truth.sink": (lambda: (minimal().truth.sink, {}), {"kind": word("primary", "secondary")}),
+    "Truth.lives": (lambda: (minimal().truth.lives, {}), {"tokens": several(whole(), distinct=False)}),
+    "calibrate": (lambda: (calibration.calibrate, {"n_plants": 1, "n_null": 0, "judges": (), "verbose": False}), {
+        "n_plants": whole(1), "seed": seed, "n_null": optional(whole()), "variants": nothing, "backend": word("bridge", "hooked"),
+        "judges": none_of_them, "null_judges": none_of_them, "executor": NONE, "verbose": flag,
+    }),
+}  # fmt: skip
+
+SIDES, NAMED = {"alternative": word(*statistics.ALTERNATIVES)}, {"name": lambda value: isinstance(value, str)}
+PAIR = {"values": [1.0, 2.0], "prompts": ["a", "b"]}
+TABLE |= {
+    "prompt_means": (lambda: (statistics.prompt_means, PAIR), {"values": values(2), "prompts": labels(2)}),
+    "prompt_table": (lambda: (statistics.prompt_table, {"values": [[1.0], [2.0]], "prompts": ["a", "b"]}), {
+        "values": nothing, "prompts": labels(2),
+    }),
+    "bootstrap_over_prompts": (lambda: (statistics.bootstrap_over_prompts, {**PAIR, "name": "n"}), {
+        **NAMED, "values": values(2), "prompts": labels(2), "confidence": inside,
+    }),
+    "bootstrap_columns": (lambda: (statistics.bootstrap_columns, {"values": [[1.0], [2.0]], "prompts": ["a", "b"], "name": "n"}), {
+        "values": nothing, "prompts": labels(2), "name": lambda value: isinstance(value, str) or shown(value) == "['a']",
+        "confidence": inside,
+    }),
+    "expanded_tail": (lambda: (statistics.expanded_tail, {"n": 5}), {"n": whole(2), "confidence": inside}),
+    "sign_flip_test": (lambda: (statistics.sign_flip_test, PAIR), {**SIDES, **NAMED, "values": values(2), "prompts": labels(2)}),
+    "max_t": (lambda: (statistics.max_t, {"effects": [[1.0], [2.0]]}), {
+        **SIDES, **NAMED, "effects": lambda value: real(value) and np.ndim(value) == 2,
+    }),
+    "smallest_sign_flip_p": (lambda: (statistics.smallest_sign_flip_p, {"n": 5}), {**SIDES, "n": whole()}),
+    "prompts_needed": (lambda: (statistics.prompts_needed, {}), {**SIDES, "alpha": up_to_one}),
+    "trend_test": (lambda: (statistics.trend_test, {"dose": [1, 2, 3], "values": [[1.0, 2, 3], [3, 2, 1]]}), {
+        **SIDES, **NAMED, "dose": nothing, "values": values(3, 3), "prompts": optional(labels(2)),
+    }),
+    "equivalence_test": (lambda: (statistics.equivalence_test, {**PAIR, "margin": 5}), {
+        **NAMED, "values": values(2), "prompts": labels(2), "margin": lambda value: number(0)(value) and value > 0,
+    }),
+    "difference_to_controls": (lambda: (statistics.difference_to_controls, {
+        "effects": [1.0, 2.0], "controls": [0.0, 1.0], "prompts": ["a", "b"], "name": "n",
+    }), {**SIDES, **NAMED, "effects": values(2), "controls": values(2), "prompts": labels(2), "confidence": inside}),
+    "rank_among_controls": (lambda: (statistics.rank_among_controls, {"value": 1.0, "controls": [0.0, 2.0]}), {
+        **SIDES, "value": lambda value: real(value) and np.ndim(value) == 0, "controls": real,
+    }),
+    "holm": (lambda: (statistics.holm, {}), {"pvalues": pvalues}),
+    "benjamini_hochberg": (lambda: (statistics.benjamini_hochberg, {}), {"pvalues": pvalues}),
+    "discovery_confirmation_split": (lambda: (statistics.discovery_confirmation_split, {"prompts": ["a", "b"], "name": "n"}), {
+        **NAMED, "prompts": nothing, "kinds": optional(labels(2)), "share": inside,
     }),
 }  # fmt: skip
 
@@ -369,6 +551,18 @@ def test_the_table_lists_every_public_name():
         "SinkCircuitsError", "SinkScores", "Sinks", "Study", "SweepResult", "Tokens", "WorkerPool", "denoising",
     }  # fmt: skip
     assert {name.partition(".")[0].partition(",")[0] for name in TABLE} | results >= set(sc.__all__)
+
+
+def test_the_table_lists_every_function_of_the_open_rooms():
+    inner = {"judge_plant", "judge_null_plant", "subject_of", "seed_of"}  # of names, which may be anything; of plants
+    listed = {name.partition(",")[0].rpartition(".")[2] for name in TABLE} | inner
+    for room in (anatomy, calibration, planted, records, statistics):
+        public = {
+            name
+            for name, one in inspect.getmembers(room, inspect.isfunction)
+            if not name.startswith("_") and one.__module__.startswith(room.__name__)
+        }
+        assert public <= listed, public - listed
 
 
 DOORS = [(name, parameter) for name, (_, takes) in TABLE.items() for parameter in takes]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sink_circuits import planted
+from sink_circuits.errors import InputError
 
 torch.set_num_threads(1)
 
@@ -384,7 +385,7 @@ def test_truth_says_what_was_measured():
     assert model("decoy").truth.decoy_layer is None
     assert model("shared").truth.sink_heads == ()
     assert model("primary").truth.primary_position is None
-    with pytest.raises(KeyError, match="secondary.*planted kinds.*primary"):
+    with pytest.raises(InputError, match="secondary.*planted: primary"):
         model("secondary").truth.sink("secondary")
 
 
@@ -419,11 +420,11 @@ def test_tokens():
     ],
 )
 def test_impossible_prompts_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         model().tokens(**arguments)
 
 
 @pytest.mark.parametrize("without", [{"sink"}, "sink", ["decoy", "sink"]])
 def test_unknown_part_is_refused(without):
-    with pytest.raises(ValueError, match=r"'sink'.*primary.*secondary.*stand_in.*decoy.*shared.*eraser"):
+    with pytest.raises(InputError, match=r"'sink'.*primary.*secondary.*stand_in.*decoy.*shared.*eraser"):
         planted.minimal(without)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sink_circuits import planted
+from sink_circuits.errors import InputError
 from sink_circuits.planted.closed_form import dose_curve, drawn_logits, key_share, primary_norms, standing
 from sink_circuits.planted.draw import random_recipe
 
@@ -400,19 +401,19 @@ def test_prompts():
     ("arguments", "message"),
     [
         ({"variant": "bert"}, r"'bert' is unknown.*llama.*olmo2"),
-        ({"phases": "three"}, r"'three'.*one, apart, fall"),
-        ({"n_secondary": 4}, r"4; 0 to 3"),
-        ({"noise": 5.0, "variant": "gpt2"}, r"5.0; from 0 to 2.0.*gpt2"),
+        ({"phases": "three"}, r"'three' is unknown.*one, apart, fall"),
+        ({"n_secondary": 4}, r"n_secondary = 4: at most 3"),
+        ({"noise": 5.0, "variant": "gpt2"}, r"5.0: from 0 to 2.0.*gpt2"),
     ],
 )
 def test_impossible_plants_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         planted.random_plant(0, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "message"), [(23, "23: too short"), (500, r"500.*2\.\.128"), (1, r"1; .*2\.\.128")]
+    ("n_tokens", "message"), [(23, "23: too short"), (500, r"500.*2\.\.128"), (1, r"1: .*2\.\.128")]
 )
 def test_impossible_prompts_are_refused(n_tokens, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         plant("mistral").prompt("x", n_tokens)

@@ -19,7 +19,7 @@ from sink_circuits import planted
 from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
 from sink_circuits.holds import Hold
 from sink_circuits.losses import Unembedding, next_token_kl, next_token_loss
-from sink_circuits.runs import clean_loss
+from sink_circuits.runs import batches, clean_loss, resolve_path
 from sink_circuits.scores import column_log_odds, column_scores
 
 FULL = [None] * 24
@@ -391,6 +391,18 @@ def test_positions_and_masks_are_checked_before_a_run():
             sc.run_clean(lens(), prompt(), chosen=chosen)
     with no_forward_pass(), pytest.raises(InputError, match="mask"):
         sc.run_clean(lens(), prompt(), mask=torch.ones(5, dtype=torch.bool))
+
+
+def test_rows_that_resume_at_one_place_share_a_batch_unless_they_run_alone():
+    rows = [[sc.zero(6, SINK)], [sc.zero(7, SINK)], [], [sc.rescale(6, SINK, 2.0)]]
+    assert batches(rows) == [((6, SINK), [0, 2, 3]), ((7, SINK), [1])]
+    assert batches(rows, alone=True) == [((6, SINK), [0]), ((6, SINK), [3]), ((6, SINK), [2]), ((7, SINK), [1])]
+
+
+@pytest.mark.parametrize("path", ["fast", "reference"])
+def test_the_path_that_was_asked_for_serves(path):
+    assert resolve_path(sc.adapt(lens()), path) == path
+    assert sc.run_clean(lens(), prompt(), path=path).path == path
 
 
 def test_no_rows_no_runs():

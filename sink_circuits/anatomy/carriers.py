@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -13,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.anatomy.mlp import ChosenExperts, Experts, checked_output, mlp_of
 from sink_circuits.anatomy.reading import (
     activations,
@@ -59,9 +60,7 @@ class Neurons(Anatomy):
         Neurons that write the other way make it possible that fewer than all carry more than the whole. NaN where the
         neurons together write nothing along the direction, or against it. Raises InputError for a share outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise InputError(f"share {share} is out of range: above 0, at most 1.")
-        counts = []
+        share, counts = arguments.share(share, "share", whole=True), []
         for values in self.data["write"].to_numpy().astype(float):
             sums = np.cumsum(-np.sort(-values))
             counts.append(
@@ -79,6 +78,7 @@ class Neurons(Anatomy):
 
     def named(self, sink: int, n: int | None = None, share: float = 0.9) -> list[int]:
         """The neurons with the largest writes at one sink: `n` of them, or those that carry `share`. Raises InputError."""
+        sink = arguments.whole(sink, "sink", high=len(self.table) - 1)
         if n is None:
             fewest = self.carriers(share).iloc[sink]
             if np.isnan(fewest):
@@ -88,12 +88,13 @@ class Neurons(Anatomy):
                     "take the neurons of the layer that writes (layer='l_start')."
                 )
             n = int(fewest)
-        if not 1 <= n <= self.data.sizes["neuron"]:
-            raise InputError(f"n = {n} neurons: at least 1, at most {self.data.sizes['neuron']}.")
+        n = arguments.whole(n, "n", low=1, high=self.data.sizes["neuron"])
         return [int(i) for i in np.argsort(-self.data["write"].to_numpy()[sink], kind="stable")[:n]]
 
     def name_of(self, sink: int, neuron: int) -> str:
         """A neuron as it is called: its number, or "E3N17" for number 17 of expert 3."""
+        sink = arguments.whole(sink, "sink", high=len(self.table) - 1)
+        neuron = arguments.whole(neuron, "neuron", high=self.data.sizes["neuron"] - 1)
         if "expert" not in self.data:  # a file of an earlier version
             return str(neuron)
         expert, unit = (int(self.data[name][sink, neuron]) for name in ("expert", "unit"))
@@ -112,6 +113,7 @@ class Neurons(Anatomy):
 
     def recurring(self, n: int = 10) -> pd.DataFrame:
         """Neurons by layer: at how many sinks each is among the n largest, and its mean share of their contribution . u."""
+        n = arguments.whole(n, "n", low=1)
         shares = self.data["write"].to_numpy() / self.data["contribution"].to_numpy()[:, None]
         layer = self.data["layer"].to_numpy()
         is_mixture = "expert" in self.data and bool((self.data["expert"] >= 0).any())
@@ -136,7 +138,7 @@ def neurons(
     the experts that the sink is sent to. Raises InputError for layers of which only some are mixtures, ModelError when neurons
     do not add up to the contribution or experts' weights cannot be read.
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     layers = layers_of(model, tokens, sinks, layer, forming, verbose)
     mlps = {one: mlp_of(model, one) for one in set(layers)}
     if len({isinstance(one, Experts) for one in mlps.values()}) > 1:
@@ -218,13 +220,16 @@ def ablate_neurons(
     ...: as many others of the same MLP, drawn by name. With a norm behind the MLP the part is norm(output) - norm(output - part): the
     scale is recomputed. `found` must be of these sinks. Other options as in `measure`. Raises InputError.
     """
+    if unknown := set(options) - set(inspect.signature(measure).parameters):
+        raise InputError(f"option {sorted(unknown)[0]!r} is unknown: see measure() for those that there are.")
     tokens, table = prepare(model, tokens, sinks, options.get("attention_mask"))
+    arguments.instance(found, "found", Neurons, "pass what neurons() returns")
     if len(table) != len(found.table) or (table["pos"].to_numpy() != found.table["pos"].to_numpy()).any():
         raise InputError(
             f"the neurons of {len(found.table)} sinks were given for {len(table)} others: pass neurons() of these sinks."
         )
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
-        raise InputError(f"n_random = {n_random!r}: a whole number, at least 1; 19 allow p <= 0.05.")
+    n_random = arguments.whole(n_random, "n_random", low=1)
+    share = arguments.share(share, "share", whole=True)
     layers, post = found.data["layer"].to_numpy(), torch.as_tensor(found.data["post"].to_numpy())
     mlps = [
         _as_one(mlp_of(model, int(one)), numbers)
@@ -281,6 +286,7 @@ def against_random(effect: Effect, outcome: str = "log_odds") -> pd.DataFrame:
     Columns: named, random, difference, low, high (bootstrap over prompts), p, smallest_p (sign-flip), rank (1: below every
     draw's mean), n_draws, n_prompts, n_sinks. Raises InputError for another experiment.
     """
+    arguments.instance(effect, "effect", Effect, "pass what ablate_neurons returns")
     if effect.kind != "ablate_neurons":
         raise InputError(f"this is a {effect.kind}: pass what ablate_neurons returns.")
     values, prompts = effect.over_lifetime(outcome), effect.table["prompt"]

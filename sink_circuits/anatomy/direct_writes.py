@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from sink_circuits import arguments
 from sink_circuits.anatomy.reading import (
     activations,
     check_equal,
@@ -60,6 +61,7 @@ class Writers(Anatomy):
 
     def peak(self, direction: str = "end") -> np.ndarray:
         """The layer of each sink's life after which its excess along the direction is largest, [sink]."""
+        arguments.one_of(direction, "direction", DIRECTIONS)
         layer = self.data["layer"]
         start, end = (xr.DataArray(self.table[name].to_numpy(), dims="sink") for name in ("l_start", "l_end"))
         alive = (layer >= start) & (layer <= end)
@@ -77,6 +79,7 @@ class Writers(Anatomy):
 
     def by_part(self, direction: str = "life") -> pd.DataFrame:
         """Excess by sink, layer and part (embed, attn, mlp); attn is the sum over heads and bias."""
+        arguments.one_of(direction, "direction", DIRECTIONS)
         frame = self.excess().sel(direction=direction, drop=True).to_dataframe("excess").reset_index()
         layer, part = (self.data[name].to_series() for name in ("component_layer", "part"))
         frame["layer"] = frame["component"].map(layer)
@@ -92,6 +95,7 @@ class Writers(Anatomy):
         lives and grows to the last layer has none.
         Columns: sink, prompt, pos, token, role, component, layer, excess, share.
         """
+        n = arguments.whole(n, "n", low=1)
         excess, layer, so_far = self.excess(), self.data["component_layer"].to_numpy(), self.so_far()
         names, peaks, rows = self.data["component"].to_numpy(), {d: self.peak(d) for d in DIRECTIONS}, []
         fall_end, starts, ends = (
@@ -128,7 +132,7 @@ def writers(model, tokens, sinks: Sinks, *, attention_mask=None, verbose: bool =
     ModelError when the components do not add up to the whole residual stream within the dtype's tolerance (2e-4 of the
     largest value added so far in float32).
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     layers = range(adapt(model).n_layers)
     names = [f"blocks.{layer}.hook_{part}_out" for layer in layers for part in ("attn", "mlp")]
     z = [f"blocks.{layer}.attn.hook_z" for layer in layers]

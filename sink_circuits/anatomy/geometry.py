@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sink_circuits import arguments
 from sink_circuits.anatomy.mlp import mlp_of
 from sink_circuits.anatomy.reading import (
     activations,
@@ -124,7 +125,10 @@ def pca(
     25 from -R to R, R the largest norm of an input. Six components, fewer where fewer vectors are given. Raises
     InputError with fewer than two sinks and non-sinks together, or alphas that are not finite.
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
+    scales = None if alphas is None else arguments.numbers(alphas, "alphas")
+    if scales is not None and (not len(scales) or np.isnan(scales).any()):
+        raise InputError(f"alphas = {arguments.shown(alphas)}: give finite numbers, at least one.")
     layers = layers_of(model, tokens, sinks, layer, forming, verbose)
     chosen = most_common(layers)
     own = table[[one == chosen for one in layers]]
@@ -139,9 +143,7 @@ def pca(
     n = min(len(explained) for _, _, explained in found.values())
     inputs = gathered.vectors["mlp_in", chosen]
     reach = float(inputs.norm(dim=-1).max())
-    alpha = np.linspace(-reach, reach, 25) if alphas is None else np.asarray(alphas, dtype=float)
-    if alpha.ndim != 1 or not len(alpha) or not np.isfinite(alpha).all():
-        raise InputError(f"alphas {alphas}: give finite numbers, at least one.")
+    alpha = np.linspace(-reach, reach, 25) if scales is None else scales
     norms, cosines = mlp_response(mlp_of(model, chosen), found["mlp_in"][0][:n], alpha, gathered.primary[chosen])
     data = xr.Dataset(
         {
@@ -222,13 +224,12 @@ def clustering(
     out (the manifest counts them): where token and state go together, nothing can be told apart. The
     permutation takes tokens for independent, also those of one prompt. Raises InputError with fewer than two pairs.
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     n_layers = model.cfg.n_layers
     middle = most_common(table["l_start"].astype(int).tolist())
-    layers = (
-        [one for one in (middle - 1, middle, middle + 1) if 0 <= one < n_layers] if layers is None else list(layers)
-    )
-    layers = [layers_of(model, tokens, sinks, one, None, verbose)[0] for one in layers]
+    around = [one for one in (middle - 1, middle, middle + 1) if 0 <= one < n_layers]
+    layers = around if layers is None else list(arguments.several(layers, "layers"))
+    layers = [arguments.whole(one, "layer", high=n_layers - 1) for one in layers]
     if not layers or len(set(layers)) < len(layers):
         raise InputError(f"layers {layers}: name each once, and at least one.")
     gathered = _gather(model, tokens, sinks, table, layers, "clustering", verbose)

@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from sink_circuits import arguments
 from sink_circuits.anatomy.attended import attended
 from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks
-from sink_circuits.errors import InputError
 from sink_circuits.models import adapt
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
@@ -63,9 +63,10 @@ def key_query_geometry(
 
     Raises InputError for n_heads below 1; ModelError when the model shows neither queries nor keys.
     """
-    if isinstance(n_heads, bool) or not isinstance(n_heads, int) or n_heads < 1:
-        raise InputError(f"n_heads = {n_heads!r}: a whole number, at least 1.")
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    n_heads = arguments.whole(n_heads, "n_heads", low=1)
+    min_queries = arguments.whole(min_queries, "min_queries", low=1)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
+    n_heads = min(n_heads, adapt(model).n_layers * model.cfg.n_heads)
     adapter = adapt(model)
     shape = (len(table), n_heads)
     cells = {name: np.full((*shape, len(WHEN)), np.nan, dtype=np.float32) for name in KeyQueryGeometry.long}

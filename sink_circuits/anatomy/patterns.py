@@ -64,9 +64,9 @@ class AttentionPatterns(Anatomy):
     def of(self, prompt: str | None = None) -> Window:
         """The window of one text, the first when None. Raises InputError for a text that is not here."""
         prompt = self.prompts[0] if prompt is None else prompt
-        if prompt not in self.prompts:
+        if not isinstance(prompt, str) or prompt not in self.prompts:
             raise InputError(
-                f"prompt {prompt!r} has no patterns here: there are {', '.join(map(str, self.prompts[:8]))}."
+                f"prompt {arguments.shown(prompt)} has no patterns here: there are {', '.join(map(str, self.prompts[:8]))}."
             )
         rows = np.flatnonzero((self.table["prompt"] == prompt).to_numpy())
         own = self.data.isel(token=rows)
@@ -111,7 +111,8 @@ def attention_patterns(
     n_heads = arguments.whole(n_heads, "n_heads", low=1)
     n_positions = arguments.whole(n_positions, "n_positions", low=2, high=512)
     around = arguments.whole(around, "around")
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    min_queries = arguments.whole(min_queries, "min_queries", low=1)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     windows, rows, path = [], [], "auto"
     for text in texts(model, tokens, sinks, verbose=verbose):
         own, path = table.iloc[text.rows], text.clean.path

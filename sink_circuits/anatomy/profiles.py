@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
 from sink_circuits.anatomy.reading import activations, manifest_of, prepare, queries_or_keys, texts
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks
@@ -26,6 +26,7 @@ from sink_circuits.results import Manifest
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
 REST = "rest"
+KINDS = ("bos_sink", "noise", "primary", "primary-like", "secondary")
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +47,7 @@ def norms_by_layer(model, tokens, sinks: Sinks, *, attention_mask=None, verbose:
 
     Keys are those that meet the queries: behind any norm on keys (rotation keeps their norm).
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     rows, values = [], []
     for text in texts(model, tokens, sinks, verbose=verbose):
         own = table.iloc[text.rows].drop_duplicates("pos")
@@ -108,8 +109,12 @@ def levels(
     """
     if isinstance(sources, Sinks):
         sources = {str(sources.manifest.model).rstrip("/").rsplit("/", 1)[-1]: sources}
-    if not sources:
-        raise InputError("no sinks were given: pass a table of sinks, or records, by model name.")
+    remedy = "pass a table of sinks, or records, by model name"
+    if not arguments.instance(sources, "sources", Mapping, remedy):
+        raise InputError(f"no sinks were given: {remedy}.")
+    kinds = arguments.several(kinds, "kinds")
+    for kind in kinds:
+        arguments.one_of(kind, "kind", KINDS)
     frames, manifests, n_prompts = [], [], []
     for name, source in sources.items():
         if isinstance(source, Sinks):
@@ -117,7 +122,7 @@ def levels(
             manifests.append(source.manifest)
             n_prompts.append(len(source.prompts))
         else:
-            records = read_records(source) if isinstance(source, str | Path) else source
+            records = read_records(source) if isinstance(source, str | Path) else arguments.several(source, "records")
             frame = records_table(records).rename(columns={"sink_type": "kind"})
             n_prompts.append(len(records))
         frames.append(frame.loc[frame["kind"].isin(kinds), ["l_start", "lifetime"]].assign(model=str(name)))
@@ -188,7 +193,8 @@ def score_by_lifetime(
 
     Observed, not caused: dose-response is the experiment. The norm is the contribution's, behind any norm after the MLP.
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    min_queries = arguments.whole(min_queries, "min_queries", low=1)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     score: list[np.ndarray] = [np.empty(0)] * len(table)
     norm = list(score)
     for text in texts(model, tokens, sinks, verbose=verbose):

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sink_circuits import arguments
 from sink_circuits.detection import Sinks, Thresholds, find_primary, geometry_of
 from sink_circuits.errors import InputError, ModelError
 from sink_circuits.experiments import _check_sinks, layer_map, resolve_layers
@@ -44,8 +45,10 @@ class Text:
         return ~self.sink & (torch.arange(len(self.sink)) >= SKIP_FIRST)
 
 
-def prepare(model, tokens, sinks: Sinks, attention_mask=None) -> tuple[Tokens, pd.DataFrame]:
+def prepare(model, tokens, sinks: Sinks, attention_mask=None, verbose: bool = True) -> tuple[Tokens, pd.DataFrame]:
     """Tokens and the table of sinks (index 0..n-1), checked against each other. Raises InputError."""
+    arguments.flag(verbose, "verbose")
+    adapt(model)  # refuses what is no model
     tokens = as_tokens(model, tokens, attention_mask)
     return tokens, _check_sinks(sinks, tokens, model.cfg.n_layers)
 
@@ -94,15 +97,15 @@ def layers_of(model, tokens, sinks: Sinks, layer, forming: pd.Series | None, ver
     Raises InputError for an unknown word or a layer out of range.
     """
     table = sinks.table.reset_index(drop=True)
-    if isinstance(layer, str) and layer == "l_start":
+    if isinstance(layer, str) and layer == "l_start" and forming is None:
         return table["l_start"].astype(int).tolist()
     if isinstance(layer, str) and layer == "forming" and forming is None:
         forming = layer_map(
             model, tokens, sinks, layers=range(int(table["l_end"].max()) + 1), verbose=verbose
         ).forming()
-    if layer == "forming" and len(forming) != len(table):
-        raise InputError(f"forming holds {len(forming)} layers for {len(table)} sinks: map the sinks that are treated.")
     own = resolve_layers(model, layer, None, forming)
+    if forming is not None and len(forming) != len(table):
+        raise InputError(f"forming holds {len(forming)} layers for {len(table)} sinks: map the sinks that are treated.")
     return [own(row)[0] for _, row in table.iterrows()]
 
 

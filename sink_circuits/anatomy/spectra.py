@@ -13,11 +13,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from sink_circuits.anatomy.reading import manifest_of, texts
+from sink_circuits import arguments
+from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import resolve_layers
+from sink_circuits.models import adapt
 from sink_circuits.prompts import as_tokens
 
 N_STEPS = 12
@@ -49,16 +51,21 @@ def matrix_entropy(
     `layers`: all by default. `seen`: numbers of tokens, by default 12 spread evenly on a log scale up to the longest
     text. Raises InputError for a number below 1 or a layer out of range.
     """
+    arguments.flag(verbose, "verbose")
+    adapt(model)  # refuses what is no model
     tokens = as_tokens(model, tokens, attention_mask)
-    layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    if len(arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")):
+        prepare(model, tokens, sinks)
+    layers = list(range(model.cfg.n_layers)) if layers is None else list(arguments.several(layers, "layers"))
     resolve_layers(model, None, tuple(layers))
+    layers = [int(layer) for layer in layers]
     longest = max(len(ids) for ids in tokens)
     seen = (
         sorted({int(x) for x in np.geomspace(min(4, longest), longest, N_STEPS).round()})
         if seen is None
-        else list(seen)
+        else [arguments.whole(one, "seen", low=1) for one in arguments.several(seen, "seen")]
     )
-    if not seen or min(seen) < 1 or len(set(seen)) < len(seen):
+    if len(set(seen)) < len(seen):
         raise InputError(f"seen = {seen}: numbers of tokens, at least 1, each once.")
     values = np.full((len(tokens), len(GROUPS), len(layers), len(seen)), np.nan)
     for index, text in enumerate(texts(model, tokens, sinks, everywhere=True, verbose=verbose)):

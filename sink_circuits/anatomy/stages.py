@@ -68,7 +68,7 @@ def mlp_stages(
     input is sent through the sink's expert too. Raises InputError for tokens or layers that do not fit, ModelError for an
     MLP that cannot be read.
     """
-    tokens, table = prepare(model, tokens, sinks, attention_mask)
+    tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     layers = layers_of(model, tokens, sinks, layer, forming, verbose)
     mlps = {one: mlp_of(model, one) for one in set(layers)}
     rows: list[dict] = [{} for _ in layers]

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sink_circuits import planted
+from sink_circuits import arguments, planted
 from sink_circuits.calibration import causes, finding, populations
 from sink_circuits.calibration.subjects import LEVEL, Answer, Judge, Judged, Row, answer, subject_of
 from sink_circuits.errors import InputError, SinkCircuitsError
+from sink_circuits.planted.circuits import name_of
 
 ROOMS = (finding, causes, populations)
 ERRORS = Row("errors", "instruments answer: none refuses a plant")
@@ -113,16 +114,21 @@ def calibrate(
     holds them. `judges`, `null_judges`: of the one kind and of the other. `executor`: anything with `submit`
     (concurrent.futures), for several processes. Raises InputError.
     """
-    n_null = n_plants if n_null is None else n_null
-    for name, value, low in (("n_plants", n_plants, 1), ("n_null", n_null, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{name} = {value!r}: a whole number, at least {low}.")
-    if backend not in ("bridge", "hooked"):
-        raise InputError(f"backend {backend!r} is unknown: use 'bridge' or 'hooked'.")
-    if unknown := [one for one in variants if one not in planted.VARIANTS]:
-        raise InputError(f"variant {unknown[0]!r} is unknown: use some of {', '.join(planted.VARIANTS)}.")
+    seed, n_plants = name_of(seed), arguments.whole(n_plants, "n_plants", low=1)
+    n_null = n_plants if n_null is None else arguments.whole(n_null, "n_null")
+    arguments.one_of(backend, "backend", ("bridge", "hooked"))
+    variants = arguments.several(variants, "variants", empty=True)
+    for variant in variants:
+        arguments.one_of(variant, "variant", planted.VARIANTS, "use some of {}")
     if not variants:
         raise InputError(f"no variants were given: use some of {', '.join(planted.VARIANTS)}.")
+    judges, null_judges = (
+        [arguments.function(one, name, "a Subject") for one in arguments.several(given, name, empty=True)]
+        for name, given in (("judges", judges), ("null_judges", null_judges))
+    )
+    if executor is not None:
+        arguments.function(getattr(executor, "submit", executor), "executor", "submit(function, ...)")
+    arguments.flag(verbose, "verbose")
     work: list[Callable[[], Judged]] = [
         functools.partial(judge, f"{seed}/{number}", variants[number % len(variants)], backend, asked)
         for judge, n, asked in ((judge_plant, n_plants, judges), (judge_null_plant, n_null, null_judges))

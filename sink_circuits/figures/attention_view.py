@@ -6,6 +6,8 @@ import html
 
 import numpy as np
 
+from sink_circuits import arguments
+from sink_circuits.anatomy.patterns import Window
 from sink_circuits.figures.files import script_json
 from sink_circuits.figures.look import visible
 from sink_circuits.figures.token_view import TOKEN_CSS, VIEW_SCRIPT, circuitsvis_source, target_of
@@ -21,6 +23,9 @@ def attention_view(window, *, name: str = "patterns", library: bool = True) -> s
     once for all its views. Weights are rounded to three digits behind the point. circuitsvis draws tokens on a canvas: they
     cannot become markup.
     """
+    arguments.instance(window, "window", Window, "pass AttentionPatterns.of(prompt)")
+    arguments.text(name, "name")
+    arguments.flag(library, "library")
     tokens, attention = window.tokens, np.nan_to_num(window.attention)
     labels = [ELSEWHERE, *(f"{row.pos}:{visible(str(row.token))}" for row in tokens.itertuples())]
     rest = np.nan_to_num(window.elsewhere)[:, :, None]

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sink_circuits import arguments
+from sink_circuits.anatomy import KeyQueryGeometry, Neurons, Writers
 from sink_circuits.errors import InputError
 from sink_circuits.figures.look import (
     BLUE,
@@ -45,8 +47,14 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
     readers the sink score of a head, the mean attention that the sink gets there. An MLP whose neurons are given is always
     listed. Raises InputError for a row that does not exist.
     """
-    if not 0 <= sink < len(writers.table):
-        raise InputError(f"sink {sink} is out of range: there are {len(writers.table)}, counted from 0.")
+    arguments.instance(writers, "writers", Writers, "pass what anatomy.writers returns")
+    for name, value, kind in (("neurons", neurons, Neurons), ("heads", heads, KeyQueryGeometry)):
+        if value is not None:
+            arguments.instance(
+                value, name, kind, "pass what anatomy.neurons and anatomy.key_query_geometry return, or None"
+            )
+    sink = arguments.whole(sink, "sink", high=len(writers.table) - 1)
+    n = arguments.whole(n, "n", low=1)
     own = writers.table.iloc[sink]
     top = writers.top(len(writers.data["component"]))
     top = top[top["sink"] == sink]

@@ -14,6 +14,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sink_circuits import arguments
+from sink_circuits.attribution import Attribution
+from sink_circuits.claims import HYPOTHESES, Claims
+from sink_circuits.controls import Controlled
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.look import (
     BLUE,
@@ -36,7 +41,10 @@ from sink_circuits.figures.look import (
     safe,
     whose,
 )
+from sink_circuits.mass import MassAccount
+from sink_circuits.paths import PathEffect
 from sink_circuits.statistics import bootstrap_over_prompts
+from sink_circuits.sweep_results import SweepResult
 
 LOOKS = (
     (VERMILLION, "circle", "solid"), (BLUE, "square", "dash"), (GREEN, "diamond", "dot"), (ORANGE, "triangle-up", "dashdot"),
@@ -80,6 +88,7 @@ def controls_figure(controlled, outcome: str = "log_odds") -> go.Figure:
     rank of the effect among them is named. Controls that matched no sink are left out and named in the note. Raises
     InputError for an outcome that was not measured, or when no control matched.
     """
+    arguments.instance(controlled, "controlled", Controlled, "pass what with_controls returns")
     table = controlled.compare(outcome)
     there = table[table["n_sinks"] > 0]
     if not len(there):
@@ -165,6 +174,7 @@ def paths_figure(result, outcome: str = "log_odds") -> go.Figure:
     the total: the last, what other positions do, is what the treated position's own stream leaves over. Raises
     InputError for an outcome that was not measured.
     """
+    arguments.instance(result, "result", PathEffect, "pass what path_effects returns")
     result.effect(outcome)  # refuses what was not measured
     table = result.summary()
     table = table[table["outcome"] == outcome].reset_index(drop=True)
@@ -207,6 +217,7 @@ def _path_label(part: str, names: dict, share: float) -> str:
 
 def hold_name(label: str) -> str:
     """A hold's label with its letter in words."""
+    label = arguments.text(label, "label")
     head, _, rest = label.partition(" ")
     return f"{HOLD_NAMES.get(head, head)} {rest}".strip()
 
@@ -220,6 +231,7 @@ def mass_figure(account) -> go.Figure:
     Above: `MassAccount.summary`, one mark per edit. Below, a panel per edit: means over prompts (of sinks and heads) of
     the change in every layer. In each layer, and above, the groups sum to 0. Groups that no model position is in are left out.
     """
+    arguments.instance(account, "account", MassAccount, "pass what mass_account returns")
     table = account.summary()
     edits = list(account.data["edit"].values)
     change = account.change().mean("head")
@@ -295,8 +307,7 @@ def claims_figure(claims) -> go.Figure:
     A panel per claim, with its verdict. Filled and hollow marks of different shape: holds, fails, small (there, but
     within the margin), open. Beside each name its unit and the predicted side of 0; those in brackets do not decide.
     """
-    from sink_circuits.claims import HYPOTHESES
-
+    arguments.instance(claims, "claims", Claims, "pass what test_claims returns")
     margins = {h.name: h.margin for h in HYPOTHESES}
     verdicts = claims.verdicts[claims.verdicts["claim"].isin([str(c) for c in claims.table["claim"].unique()])]
     by_claim = [
@@ -366,6 +377,7 @@ def edits_figure(effect, outcome: str = "score") -> go.Figure:
 
     Means over prompts of the effect over the lifetime (`Effect.summary`). Raises InputError for an outcome that was not measured.
     """
+    arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
     effect.over_lifetime(outcome)  # refuses what is no outcome
     table = effect.summary()
     table = table[table["outcome"] == outcome].reset_index(drop=True)
@@ -385,6 +397,7 @@ def attribution_figure(result) -> go.Figure:
 
     On the dotted line the attribution is what an exact removal gives.
     """
+    arguments.instance(result, "result", Attribution, "pass what attribute returns")
     layers = result.data["layer"].to_numpy()
     figure = make_subplots(
         rows=2, cols=1, vertical_spacing=0.16, row_heights=[0.5, 0.5],
@@ -441,6 +454,7 @@ def sweep_figure(result, outcome: str = "log_odds") -> go.Figure:
     Means over prompts (`SweepResult.summary`); factor 1 is the clean model and is left out. Raises InputError for an outcome that was
     not measured, or when nothing is done yet.
     """
+    arguments.instance(result, "result", SweepResult, "pass what sweep returns")
     table = result.summary([outcome])
     table = table[(table["factor"] != 1) & table["effect"].notna()]
     if not len(table):

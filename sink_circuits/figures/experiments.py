@@ -7,7 +7,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sink_circuits import statistics
+from sink_circuits import arguments, statistics
+from sink_circuits.controls import Controlled
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.evidence import edits_figure
 from sink_circuits.figures.look import (
@@ -45,6 +47,7 @@ def effect_figure(effect, outcome: str = "score") -> go.Figure:
 
     More than `MAX_EDITS` of those stand one below the other instead. Raises InputError for an outcome that was not measured.
     """
+    arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
     if effect.kind == "layer_map":
         return layer_map_figure(effect, outcome)
     if effect.kind == "dose_response":
@@ -62,6 +65,9 @@ def layer_map_figure(effect, outcome: str = "log_odds", controls=None) -> go.Fig
     sinks; a grey band spans the intervals of the same removal where it should do nothing (`control_band`). Raises InputError for
     an outcome that was not measured or has no layers, and for edits that are not layers.
     """
+    arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
+    if controls is not None:
+        arguments.instance(controls, "controls", Controlled, "pass what with_controls returns")
     effects = _by_layer(effect, outcome)
     edited = _numbers(effect, "layers")
     rows = _summary(effect, outcome)
@@ -190,6 +196,8 @@ def dose_response_figure(effect, outcome: str = "score") -> go.Figure:
     intervals of the edited outcome itself: a change's interval, moved to where the mean stands, can leave the range that
     a score can have. Raises InputError for an outcome that was not measured, or edits that are not factors.
     """
+    arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
+    effect.effect(outcome)  # refuses what was not measured
     factors = _numbers(effect, "factors")
     dose, done, ends = _doses(effect)
     order = np.argsort(factors)
@@ -257,6 +265,8 @@ def ablation_figure(effect, outcome: str = "score") -> go.Figure:
     Means over prompts (of the mean over sinks and heads) with bootstrap intervals, from the first edited layer on: at
     that layer and below nothing can change. Raises InputError for an outcome that was not measured or has no layers.
     """
+    arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
+    effect.effect(outcome)  # refuses what was not measured
     _by_layer(effect, outcome)
     own = outcome.removeprefix("primary_")
     panels = [outcome] if outcome == f"primary_{own}" else [outcome, f"primary_{own}"]

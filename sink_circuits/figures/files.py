@@ -8,9 +8,11 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from sink_circuits.errors import ResultError
+from sink_circuits import arguments
+from sink_circuits.errors import InputError, ResultError
 from sink_circuits.figures.look import CONFIG, first_line
-from sink_circuits.results import write_whole
+from sink_circuits.results import check_target, write_whole
+from sink_circuits.text_files import has_surrogate
 
 LIBRARY = "plotly.min.js"
 """What `save_library` calls the file that pages may share."""
@@ -24,7 +26,11 @@ def save_figure(
     `library`: for .html, where plotly.js lies, relative to the page (`save_library` writes it): 5 MB that many pages share.
     Raises ResultError for another suffix, an existing file, or when kaleido or its browser is missing.
     """
-    path = Path(path)
+    arguments.instance(figure, "figure", go.Figure, "pass what plot() returns")
+    path = arguments.path(path)
+    if library is not None and has_surrogate(arguments.text(library, "library")):
+        raise InputError(f"library = {library!r}: give a name that can be written as UTF-8.")
+    check_target(path, overwrite=overwrite)
     kind = path.suffix.lower().removeprefix(".")
     if kind == "html":
         data = _figure_page(figure, library).encode()
@@ -52,11 +58,12 @@ def save_library(path: str | Path, *, overwrite: bool = False) -> None:
     """Write plotly.js, for pages that share it. Raises ResultError when `path` exists or cannot be written."""
     from plotly.offline import get_plotlyjs
 
-    write_whole(Path(path), lambda temporary: temporary.write_text(get_plotlyjs(), "utf-8"), overwrite=overwrite)
+    write_whole(path, lambda temporary: temporary.write_text(get_plotlyjs(), "utf-8"), overwrite=overwrite)
 
 
 def figure_json(figure: go.Figure) -> str:
     """A figure as JSON that may stand inside a <script> element: `<`, `>` and `&` are written as escapes."""
+    arguments.instance(figure, "figure", go.Figure, "pass what plot() returns")
     return script_json(json.loads(figure.to_json()))
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sink_circuits import arguments
+
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 INK, MUTED, GRID, IMPOSSIBLE = "#222222", "#5a5a5a", "#e4e4e4", "#c9c9c9"
 DIVERGING = [[0.0, "#00456d"], [0.25, "#4a9ccb"], [0.5, "#f7f7f7"], [0.75, "#e8955a"], [1.0, "#8a3c00"]]
@@ -201,6 +203,8 @@ def visible(text: str, *, spaces: bool = True) -> str:
     `spaces`: off for running text, whose spaces, tabs and newlines stay. Direction marks, zero-width and other format
     characters would reorder or hide text; they are shown as ⟨U+202E⟩.
     """
+    arguments.instance(text, "text", str, "give a string")
+    arguments.flag(spaces, "spaces")
     out = []
     for char in text:
         if char == " " or (char == "\u2581" and spaces):  # sentencepiece's own mark for a space

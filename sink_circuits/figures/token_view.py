@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sink_circuits import arguments
 from sink_circuits.errors import InputError
 from sink_circuits.figures.files import script_json
 from sink_circuits.figures.look import visible
@@ -35,7 +36,16 @@ def sink_tokens_view(
     of a page. `library`: bring styles and scripts along (a notebook); a report does so once for all its views.
     Raises InputError when lengths differ or a sink lies outside the text.
     """
-    scores = np.array([[float(v) for v in row] for row in _layer_key(scores_by_layer)])
+    tokens_text = arguments.several(tokens_text, "tokens_text")
+    for token in tokens_text:
+        if not isinstance(token, str):
+            raise InputError(f"token {arguments.shown(token)} is no text: pass each token as a string.")
+    arguments.instance(sinks, "sinks", pd.DataFrame, "pass this prompt's rows of a sink table")
+    if lacking := [column for column in ("pos", "kind", "l_start", "l_end") if column not in sinks]:
+        raise InputError(f"sinks lack the column {lacking[0]!r}: pass this prompt's rows of a sink table.")
+    arguments.text(name, "name")
+    arguments.flag(library, "library")
+    scores = _layer_key(scores_by_layer)
     if scores.shape[1] != len(tokens_text):
         raise InputError(
             f"{len(tokens_text)} tokens but scores of {scores.shape[1]} positions: pass those of one prompt."
@@ -65,7 +75,7 @@ def sink_tokens_view(
 
 
 def _layer_key(scores) -> np.ndarray:
-    scores = np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=float)
+    scores = arguments.numbers(scores, "scores", axes=None, infinite=True)
     if scores.ndim == 3:
         scores = scores.mean(axis=1)
     if scores.ndim != 2:

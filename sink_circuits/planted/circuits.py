@@ -7,10 +7,14 @@ space in which tokens differ. Every token carries `shared`; a special token carr
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sink_circuits import arguments
+from sink_circuits.errors import InputError
 
 SHARED_NORM, FEATURE_NORM, NOISE_NORM = 10.0, 3.0, 2.0
 """Norms of the parts of an embedding: the shared direction, a special token's own feature, noise."""
@@ -148,15 +152,15 @@ class Truth:
     ordinary_norms: tuple[float, ...]
 
     def sink(self, kind: str) -> Sink:
-        """The first planted sink of this kind ("primary", "secondary" or "primary-like")."""
-        for sink in self.sinks:
-            if sink.kind == kind:
-                return sink
-        raise KeyError(f"no sink of kind {kind!r} is planted here; planted kinds: {[s.kind for s in self.sinks]}")
+        """The first planted sink of this kind ("primary", "secondary" or "primary-like"). Raises InputError."""
+        planted = list(dict.fromkeys(sink.kind for sink in self.sinks))
+        arguments.one_of(kind, "kind", planted, "here are planted: {}")
+        return next(sink for sink in self.sinks if sink.kind == kind)
 
     def lives(self, tokens: Tensor) -> list[tuple[int, Sink]]:
         """(position, sink) of every life of every sink that these tokens [pos] hold."""
-        ids = tokens.tolist()
+        given = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        ids = [arguments.whole(token, "token") for token in arguments.several(given, "tokens")]
         return [(pos, sink) for pos, token in enumerate(ids) for sink in self.sinks if sink.token == token]
 
 
@@ -164,6 +168,14 @@ def own_feature(token: int) -> str:
     return f"is {token}"
 
 
+def name_of(name: str | int) -> str:
+    """What random numbers are drawn from, as text. Raises InputError for what has no text of its own."""
+    if not isinstance(name, str) and not arguments.is_whole(name):
+        raise InputError(f"name = {arguments.shown(name)}: give a text or a whole number.")
+    text = name if isinstance(name, str) else str(operator.index(name))
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def generator(name: str) -> torch.Generator:
-    seed = int.from_bytes(hashlib.sha256(f"planted/{name}".encode()).digest()[:7], "big")
+    seed = int.from_bytes(hashlib.sha256(f"planted/{name_of(name)}".encode()).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)

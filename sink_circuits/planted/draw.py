@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from sink_circuits import arguments
+from sink_circuits.errors import InputError
 from sink_circuits.planted.architectures import ARCHITECTURES, Architecture
 from sink_circuits.planted.build import build, n_eraser_neurons
-from sink_circuits.planted.circuits import Decoy, Recipe, Shape, Sink, Write
+from sink_circuits.planted.circuits import Decoy, Recipe, Shape, Sink, Write, name_of
 from sink_circuits.planted.models import Plant
 
 VARIANTS = tuple(ARCHITECTURES)
@@ -36,7 +39,7 @@ def random_plant(
 
     `variant`: one of `VARIANTS`. `phases` of the primary: one of `PHASES`. `n_secondary`: how many kinds of secondary (or
     primary-like) sinks, 0 to 3. `noise`: size of what blocks add to the noise space, at most what is `loud` in the architecture.
-    Raises ValueError.
+    Raises InputError.
     """
     return _plant(random_recipe(name, variant=variant, phases=phases, n_secondary=n_secondary, noise=noise))
 
@@ -69,25 +72,22 @@ def random_recipe(
 ) -> Recipe:  # fmt: skip
     """What `random_plant` builds. Every choice is drawn whether it is used or not, so that one can be fixed alone."""
     rng = np.random.default_rng(
-        int.from_bytes(hashlib.sha256(f"planted/recipe/{name}".encode()).digest()[:8], "little")
+        int.from_bytes(hashlib.sha256(f"planted/recipe/{name_of(name)}".encode()).digest()[:8], "little")
     )
     drawn = {
         "variant": str(rng.choice(VARIANTS)), "phases": str(rng.choice(PHASES, p=(0.5, 0.25, 0.25))),
         "n_secondary": int(rng.choice(4, p=(0.1, 0.4, 0.3, 0.2))), "noise": float(rng.choice(NOISE)),
     }  # fmt: skip
     given = {"variant": variant, "phases": phases, "n_secondary": n_secondary}
-    chosen = {key: drawn[key] if value is None else value for key, value in given.items()}
-    if chosen["variant"] not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown: use one of {', '.join(VARIANTS)}")
-    if chosen["phases"] not in PHASES:
-        raise ValueError(f"phases {phases!r} are unknown: use one of {', '.join(PHASES)}")
-    if chosen["n_secondary"] not in range(4):
-        raise ValueError(f"n_secondary is {n_secondary}; 0 to 3 kinds can be planted")
+    chosen: dict[str, Any] = {key: drawn[key] if value is None else value for key, value in given.items()}
+    arguments.one_of(chosen["variant"], "variant", VARIANTS)
+    arguments.one_of(chosen["phases"], "phases", PHASES)
+    chosen["n_secondary"] = arguments.whole(chosen["n_secondary"], "n_secondary", high=3)
     architecture = ARCHITECTURES[chosen["variant"]]
-    noise = drawn["noise"] * architecture.loud if noise is None else noise
+    noise = drawn["noise"] * architecture.loud if noise is None else arguments.number(noise, "noise")
     if not 0 <= noise <= architecture.loud:
-        raise ValueError(
-            f"noise is {noise}; from 0 to {architecture.loud} the planted states keep apart from it in {architecture.name}"
+        raise InputError(
+            f"noise is {noise}: from 0 to {architecture.loud} the planted states keep apart from it in {architecture.name}."
         )
     n_layers = int(rng.integers(10, 13)) + (0 if chosen["phases"] == "one" else 2)
     key_heads = int(rng.choice((1, 2, 4)))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from sink_circuits import arguments
 from sink_circuits.planted.architectures import ARCHITECTURES
 from sink_circuits.planted.build import build, n_eraser_neurons
 from sink_circuits.planted.circuits import Decoy, Recipe, Shape, Sink, Write, generator
@@ -24,11 +25,10 @@ def minimal(without: Collection[str] = ()) -> Planted:
     21 erases it. MLPs 6 and 7 do so at the secondary kind of token, each enough alone; MLP 13 erases it. With MLP 6 there,
     the feature that MLP 7 reads is normalised down: it adds less, but reads the sink too, so that both write visibly.
     MLP 4 writes as large a vector along another direction at the decoy token, which no key reads. `without` names parts
-    (`PARTS`) whose weights are left out: the negative twin of each planted fact. Raises ValueError for an unknown part.
+    (`PARTS`) whose weights are left out: the negative twin of each planted fact. Raises InputError for an unknown part.
     """
-    without = {without} if isinstance(without, str) else set(without)
-    if unknown := sorted(without - set(PARTS)):
-        raise ValueError(f"unknown part(s) to leave out: {unknown}; allowed are {list(PARTS)}")
+    given = [without] if isinstance(without, str) else arguments.several(without, "without", empty=True)
+    without = {arguments.one_of(part, "without:", PARTS) for part in given}
     erasing = tuple(range(n_eraser_neurons(ARCHITECTURES["llama"])))
     parts: list[tuple[Write, tuple[str, ...]]] = [
         (Write(2, BOS, "sink", "form", (0,), PRIMARY_NORM), ("primary",)),

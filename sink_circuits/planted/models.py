@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sink_circuits import arguments
+from sink_circuits.errors import InputError
 from sink_circuits.planted.architectures import ARCHITECTURES, EPS, ROPE_THETA, Architecture
-from sink_circuits.planted.circuits import Recipe, Truth, generator
+from sink_circuits.planted.circuits import Recipe, Truth, generator, name_of
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -39,23 +41,24 @@ class Plant:
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window: a query sees a key when query - key < window; None sees all."""
+        layer = arguments.whole(layer, "layer", high=self.recipe.shape.n_layers - 1)
         if not self.architecture.windowed or (self.variant == "gemma2" and layer % 2):
             return None
         return self.recipe.shape.window
 
     def text(self, name: str, n_tokens: int) -> Tensor:
-        """Ordinary tokens [n_tokens] that depend on `name` only: one name, one text, cut to length. Raises ValueError."""
-        shape = self.recipe.shape
+        """Ordinary tokens [n_tokens] that depend on `name` only: one name, one text, cut to length. Raises InputError."""
+        shape, n_tokens = self.recipe.shape, arguments.whole(n_tokens, "n_tokens")
         if not 1 < n_tokens <= shape.n_ctx:
-            raise ValueError(f"n_tokens is {n_tokens}; this planted model takes 2..{shape.n_ctx}")
+            raise InputError(f"n_tokens is {n_tokens}: this planted model takes 2..{shape.n_ctx}.")
         ordinary = (self.recipe.n_special, shape.d_vocab, (shape.n_ctx,))
-        return torch.randint(*ordinary, generator=generator(f"tokens/{name}"))[:n_tokens].clone()
+        return torch.randint(*ordinary, generator=generator(f"tokens/{name_of(name)}"))[:n_tokens].clone()
 
     def prompt(self, name: str, n_tokens: int = 80) -> Tensor:
         """A prompt [n_tokens] drawn from `name`: the primary at its position, one or two of every other kind of sink (in one
         prompt of four `CROWD` more of one kind) and one of every decoy, anywhere between the first tokens and the last.
 
-        Raises ValueError where they have no room.
+        Raises InputError where they have no room.
         """
         tokens = self.text(name, n_tokens)
         first = [sink.token for sink in self.truth.sinks if sink.kind == "primary"]
@@ -67,8 +70,8 @@ class Plant:
         special = [*others, *again, *(decoy.token for decoy in self.truth.decoys)]
         free = torch.arange(FIRST_FREE, n_tokens - LAST_FREE)
         if len(special) > len(free):
-            raise ValueError(
-                f"n_tokens is {n_tokens}: too short for {len(special)} special tokens and queries behind them"
+            raise InputError(
+                f"n_tokens is {n_tokens}: too short for {len(special)} special tokens and queries behind them."
             )
         places = free[torch.randperm(len(free), generator=draw)[: len(special)]]
         tokens[places] = torch.tensor(special, dtype=tokens.dtype)
@@ -116,13 +119,16 @@ class Planted(Plant):
 
         The ordinary tokens depend on `seed_name` only: one name, one text, cut to `n_tokens`.
         """
-        sinks, decoys = list(sinks), list(decoys)
         tokens = self.text(seed_name, n_tokens)
+        sinks, decoys = (
+            [arguments.whole(pos, name) for pos in arguments.several(given, name, empty=True)]
+            for name, given in (("sinks", sinks), ("decoys", decoys))
+        )
         for pos in sinks + decoys:
             if not 0 < pos < n_tokens:
-                raise ValueError(f"position {pos} is outside 1..{n_tokens - 1}: position 0 holds BOS")
+                raise InputError(f"position {pos} is outside 1..{n_tokens - 1}: position 0 holds BOS.")
         if both := sorted(set(sinks) & set(decoys)):
-            raise ValueError(f"positions {both} are asked to hold both a sink and a decoy; name each position once")
+            raise InputError(f"positions {both} are asked to hold both a sink and a decoy: name each position once.")
         tokens[0], tokens[sinks], tokens[decoys] = 0, 1, 2
         return tokens
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sink_circuits import figures
+from sink_circuits import arguments, figures
 from sink_circuits.anatomy.result import Anatomy
+from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
+from sink_circuits.controls import Controlled
+from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
+from sink_circuits.mass import MassAccount
+from sink_circuits.paths import PathEffect
 from sink_circuits.report.again import in_python
 from sink_circuits.report.sections import Section, anatomy_sections, causal_sections
 from sink_circuits.report.text import found, join, kind_counts, limits, number, question
-from sink_circuits.results import write_whole
+from sink_circuits.results import check_target, write_whole
 from sink_circuits.sweep_results import SweepResult
 
 MAX_VIEWS = 8
@@ -45,6 +50,7 @@ def write_report(
     `notes`: sentences about what is missing. Raises ResultError when `path` exists, cannot be written, or the results are of
     different models; InputError when texts or scores do not fit the sinks.
     """
+    check_target(path, overwrite=overwrite)
     data = render(
         sinks=sinks, results=results, texts=texts, scores=scores, title=title, command=command, notes=notes
     ).encode("utf-8")
@@ -52,7 +58,7 @@ def write_report(
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
-    write_whole(Path(path), write, overwrite=overwrite)
+    write_whole(path, write, overwrite=overwrite)
 
 
 def render(
@@ -61,6 +67,7 @@ def render(
 ) -> str:  # fmt: skip
     """The page as text; see `write_report`."""
     texts = {} if texts is None else texts
+    results, notes = _taken(sinks, results, texts, scores, title, command, notes)
     with_manifest = [result for result in results if not isinstance(result, SweepResult)]
     _check(sinks, with_manifest, texts, scores)
     effects = [result for result in results if isinstance(result, Effect)]
@@ -104,6 +111,31 @@ def render(
         config=Markup(figures.script_json(figures.CONFIG)),
         other_tokens=sorted({str(one.manifest.what) for one in with_manifest if _is_elsewhere(one, sinks)}),
     )
+
+
+RESULTS = (Effect, Controlled, PathEffect, MassAccount, Claims, Attribution, SweepResult, Anatomy)
+
+
+def _taken(sinks, results, texts, scores, title, command, notes) -> tuple[tuple, tuple]:
+    """(results, notes). Raises InputError for what a page cannot be made of."""
+    arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")
+    results, notes = (
+        arguments.several(given, name, empty=True) for name, given in (("results", results), ("notes", notes))
+    )
+    for one in results:
+        if not isinstance(one, RESULTS):
+            raise InputError(
+                f"result {arguments.shown(one)} cannot be shown: pass what experiments and the anatomy return."
+            )
+    for name, given in (("texts", texts), ("scores", {} if scores is None else scores)):
+        arguments.instance(given, name, Mapping, "give them by prompt")
+    for prompt, given in texts.items():
+        if not all(isinstance(one, str) for one in arguments.several(given, f"texts of prompt {prompt!r}", empty=True)):
+            raise InputError(f"texts of prompt {prompt!r} hold {arguments.shown(given)}: give each token as a string.")
+    for name, given in (("title", title), ("command", command), *(("note", one) for one in notes)):
+        if not isinstance(given, str):
+            raise InputError(f"{name} = {arguments.shown(given)}: give a string.")
+    return results, notes
 
 
 def _check(sinks, results: Sequence, texts: Mapping, scores: Mapping | None) -> None:

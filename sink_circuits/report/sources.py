@@ -40,7 +40,7 @@ def read_results(paths: Iterable[str | Path]) -> list:
     missing, empty, of another kind, or cannot be read.
     """
     results, seen = [], set()
-    for path in map(arguments.path, paths):
+    for path in map(arguments.path, arguments.several(paths, "paths", empty=True)):
         for file in _files(path):
             if file.resolve() not in seen:
                 seen.add(file.resolve())
@@ -74,6 +74,7 @@ def sinks_of(results: Sequence) -> Sinks:
 
     Raises ResultError when tables of several models or texts are given, or none of the results says what it treats.
     """
+    results = arguments.several(results, "results", empty=True)
     tables = [one for one in results if isinstance(one, Sinks)]
     if len(tables) > 1:
         raise ResultError(f"{len(tables)} tables of sinks were given: a report shows one; name the results of one run.")
