@@ -147,6 +147,14 @@ def test_writes_add_up_to_the_residual_stream_of_hugging_face(name):
     assert ("L0 bias" in result.data["component"].values) == (name in ("gpt2", "gpt_neox", "bloom"))
 
 
+def test_writes_need_ordinary_tokens_to_be_held_against():
+    """A mean of none would be NaN, and no component a writer."""
+    texts = {"short": prompt()[:5]}
+    sinks = sinks_at(("short", 4), token_ids=texts)
+    with pytest.raises(InputError, match="'short' of 5 tokens has none beside its sinks and the first 4"):
+        anatomy.writers(lens(), sc.Tokens(tuple(texts.values()), tuple(texts)), sinks, **QUIET)
+
+
 def test_components_that_do_not_add_up_are_an_error():
     clean = sc.run_clean(lens(), prompt())
     names = [f"blocks.{layer}.hook_{part}_out" for layer in range(24) for part in ("attn", "mlp")]
