@@ -63,7 +63,9 @@ def mlp_stages_figure(result) -> go.Figure:
 
     Below, for input and output: the cosine with the primary direction. A mixture of experts has one panel per branch.
     """
-    branches = [str(b) for b in result.data["branch"].values]
+    # Without shared experts nothing is left for the branch "rest".
+    there = np.isfinite(result.data["cosine"].to_numpy()).any(axis=(0, 2))
+    branches = [str(b) for b, known in zip(result.data["branch"].values, there, strict=True) if known]
     same = "cosine with the primary at the same stage"
     titles = [same] if len(branches) == 1 else [f"{_branch_name(branch)}: {same}" for branch in branches]
     figure = _stacked([*titles, "cosine with the primary direction"], 0.24)
@@ -80,7 +82,7 @@ def mlp_stages_figure(result) -> go.Figure:
                 _marks(x, own, sinks, name, COLOURS[i], MARKERS[i], size=9, showlegend=stage not in shown),
                 _marks(x + 0.05, other, sinks, f"{name}: same token, no sink", COLOURS[i], f"{MARKERS[i]}-open", size=6, showlegend=False),
             ]  # fmt: skip
-            _add(figure, row, *marks)
+            _add(figure, row, *(mark.update(legendrank=i + 1) for mark in marks))
             shown.add(stage)
     figure.update_yaxes(range=[-1.08, 1.08], title_text="cosine")
     _sink_axis(figure, result.table, len(panels))
@@ -186,7 +188,8 @@ def neurons_figure(result, n_shown: int = 8) -> go.Figure:
     said = f"Neurons that carry {', '.join(carried)} of {writes.shape[1]}" if carried else f"{writes.shape[1]} neurons"
     text = f"{whose(result)}. {said}; participation ratio {result.participation().median():.3g} (medians). "
     if not writing.all():
-        text += f"Of {int((~writing).sum())} sinks the MLP writes nothing along the direction, or against it: no line. "
+        n = int((~writing).sum())
+        text += f"Of {n} sink{'s' * (n != 1)} the MLP writes nothing along the direction, or against it: no line. "
     if highest > MAX_SHARE:
         text += f"Shares above {MAX_SHARE:g} are cut off: there neurons write much that others take back. "
     text += "Below: median and range over sinks; the sign of up alone is a convention."
@@ -265,7 +268,10 @@ def score_by_lifetime_figure(result) -> go.Figure:
     names, scale, means = [sink_name(sink) for _, sink in result.table.iterrows()], _scale(lives), result.by_lifetime()
     points = _marks(lives, result.table["life_score"].to_numpy(dtype=float), names, "sinks", INK, "circle", size=8)
     points.marker.update(
-        color=lives.tolist(), line={"color": INK, "width": 0.6}, colorbar=_scale_bar("lifetime<br>(layers)"), **scale
+        color=lives.tolist(),
+        line={"color": INK, "width": 0.6},
+        colorbar=_scale_bar("lifetime<br>(layers)") | layer_ticks(lives),
+        **scale,
     )
     mean = interval_trace(
         means["lifetime"].to_numpy(), means, "mean", MUTED, "mean over prompts", "lifetime %{x}", marker="diamond-open"
@@ -287,7 +293,7 @@ def score_by_lifetime_figure(result) -> go.Figure:
     for row in (1, 2):
         figure.update_yaxes(title_text="score (share)", rangemode="tozero", row=row, col=1)
     figure.update_yaxes(title_text="l2 norm", type="log", tickformat="~s", dtick=1, row=3, col=1)
-    figure.update_xaxes(title_text="lifetime (layers)", row=1, col=1)
+    figure.update_xaxes(title_text="lifetime (layers)", row=1, col=1, **layer_ticks(lives))
     figure.update_xaxes(row=2, col=1, **layer_ticks(layers))
     figure.update_xaxes(title_text="layer", row=3, col=1, **layer_ticks(layers))
     text = f"{whose(result)}. Means over heads; by lifetime also over the layers that read the sink. {bars(means)}"
@@ -316,10 +322,11 @@ def pca_figure(result) -> go.Figure:
     figure.update_yaxes(title_text="l2 norm", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="cosine", range=[-1.05, 1.05], row=2, col=1)
     n = int(result.table["is_sink"].sum())
+    others = len(result.table) - n
     text = (
-        f"{model_of(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} sinks and "
-        f"{len(result.table) - n} same-token non-sinks (share of variance); positive: the sinks' side. alpha * pc replaces the normed "
-        "input. Dotted: the inputs' mean norm."
+        f"{model_of(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} "
+        f"sink{'s' * (n != 1)} and {others} same-token non-sink{'s' * (others != 1)} (share of variance); positive: "
+        "the sinks' side. alpha * pc replaces the normed input. Dotted: the inputs' mean norm."
     )
     return _finished(figure, "The MLP's response along principal directions", text, height=620, bottom=56)
 
@@ -377,7 +384,9 @@ def matrix_entropy_figure(result) -> go.Figure:
             trace = _lines(seen, line, [f"layer {layer}"], "", (_shade(layer, scale), "solid", ""), "%{x} tokens")
             _add(figure, row, trace.update(showlegend=False))
     bar = go.Scatter(x=[None], y=[None], mode="markers", showlegend=False)
-    bar.marker.update(color=[float(layers[0])], showscale=True, colorbar=_scale_bar("layer"), **scale)
+    bar.marker.update(
+        color=[float(layers[0])], showscale=True, colorbar=_scale_bar("layer") | layer_ticks(layers), **scale
+    )
     _add(figure, 1, bar)
     ticks = [x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if seen[0] <= x <= seen[-1]]
     figure.update_xaxes(type="log", showticklabels=True, tickvals=ticks)

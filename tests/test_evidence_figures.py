@@ -326,6 +326,12 @@ def test_an_mlp_whose_neurons_are_shown_is_there_though_it_writes_nothing(result
     (box,) = [one for one in figure.layout.annotations if one.text == f"L{layer} MLP"]
     lines = named(figure, "neuron")
     assert lines and all(line.y[0] == box.y > line.y[1] for line in lines)
+    assert "0%" in [one.text for one in figure.layout.annotations]  # neither +0% nor −0%
+    against = dataclasses.replace(elsewhere, data=data.assign(contribution=-abs(data["contribution"])))
+    figure = figures.circuit_figure(results.writers, against, sink=sink)
+    assert not named(figure, "neuron")
+    said = f"shares of neurons (MLP {layer} writes nothing along the direction, or against it)"
+    assert said in figures.look.title_of(figure)[1]
 
 
 def test_writes_are_means_over_prompts_with_the_interval_of_their_sum(results):

@@ -131,7 +131,7 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
     shown: set[str] = set()
     for y, edge in enumerate(edges.itertuples()):
         name, colour, dash = ROLES[edge.role]
-        weight = f"{edge.weight:.3f}" if edge.role == "reader" else f"{edge.weight:+.0%}".replace("-", "−")
+        weight = f"{edge.weight:.3f}" if edge.role == "reader" else _percent(edge.weight)
         if edge.role == "neuron":
             x, ys = [0.05, 0.05, 0.14], [rows[edge.target], y, y]
         else:
@@ -173,6 +173,10 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
         for name, one in (("neurons", neurons), ("readers", heads))
         if one is None or _row_of(one.table, own) is None
     ]
+    row = None if neurons is None else _row_of(neurons.table, own)
+    if row is not None and not (edges["role"] == "neuron").any():
+        mlp = int(neurons.data["layer"][row])
+        missing.append(f"shares of neurons (MLP {mlp} writes nothing along the direction, or against it)")
     erased = "" if (edges["role"] == "eraser").any() else " Nothing takes it away: it lasts to the last layers."
     text = (
         f"{model_of(writers)}, {own['kind']} sink of {own['prompt']}; layers upwards. Shares: writers, of what stands along the "
@@ -186,6 +190,11 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
     finish(figure, f"Circuit of the sink at position {own['pos']}", text, height=height + 44, bottom=12)
     # A legend of three rows on a phone.
     return figure.update_layout(margin={"l": 10, "r": 10, "t": figure.layout.margin.t + 44})
+
+
+def _percent(share: float) -> str:
+    """A share with its sign; one that rounds to 0 has none."""
+    return f"{share:+.0%}".replace("-", "−") if abs(share) >= 0.005 else "0%"
 
 
 def _shade_life(figure: go.Figure, layers: list[int], start: int, end: int) -> None:
