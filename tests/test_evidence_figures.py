@@ -366,7 +366,7 @@ def test_a_share_of_nothing_is_not_drawn(results):
     (lines,) = named(figure, "secondary sinks")
     drawn = np.array([value for value in lines.y if value is not None])
     assert sum(value is None for value in lines.y) == len(results.neurons.table) - 1 and (drawn > 0).all()
-    assert "Of 1 sinks the MLP writes nothing along the direction, or against it" in figures.look.title_of(figure)[1]
+    assert "Of 1 sink the MLP writes nothing along the direction, or against it" in figures.look.title_of(figure)[1]
     assert "writes nothing" not in figures.look.title_of(results.neurons.plot())[1]
 
 
