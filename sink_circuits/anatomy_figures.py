@@ -37,13 +37,14 @@ from sink_circuits.figures.look import (
     visible,
     whose,
 )
+from sink_circuits.statistics import bootstrap_columns
 
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KIND_LOOK = {
     "secondary": (VERMILLION, "solid", "square"), "primary-like": (GREEN, "dash", "diamond"), "bos_sink": (BLUE, "solid", "circle"),
-    "noise": (PURPLE, "dot", "cross"), "primary": (BLUE, "solid", "circle"), "rest": (MUTED, "dash", "x"),
+    "noise": (PURPLE, "dot", "cross"), "primary": (BLUE, "dashdot", "circle"), "rest": (MUTED, "dash", "x"),
 }  # fmt: skip
 """Colour, dash and marker of each kind of sink, in the order in which they are drawn."""
 SEQUENTIAL = [[i / 9, c] for i, c in enumerate(sample_colorscale("Cividis", [i / 10 for i in range(10)]))]
@@ -51,6 +52,8 @@ SEQUENTIAL = [[i / 9, c] for i, c in enumerate(sample_colorscale("Cividis", [i /
 COUNTS = [[0.0, "#ffffff"], [0.15, "#d3e4f0"], [0.5, "#4a9ccb"], [1.0, "#00304d"]]
 SPACE_NAMES = {"resid_post": "residual stream", "attn_out": "attention output", "mlp_in": "MLP input"}
 STAGE_NAMES = {"input": "MLP input", "output": "output (contribution)"}
+MAX_SHARE = 2.0
+"""The highest share of a write that the neurons' figure shows: where writes cancel, sums of the largest ones exceed the whole."""
 MAX_NAMED = 24
 """Sinks that are named on an axis; where there are more, only hovering names them."""
 
@@ -60,7 +63,9 @@ def mlp_stages_figure(result) -> go.Figure:
 
     Below, for input and output: the cosine with the primary direction. A mixture of experts has one panel per branch.
     """
-    branches = [str(b) for b in result.data["branch"].values]
+    # Without shared experts nothing is left for the branch "rest".
+    there = np.isfinite(result.data["cosine"].to_numpy()).any(axis=(0, 2))
+    branches = [str(b) for b, known in zip(result.data["branch"].values, there, strict=True) if known]
     same = "cosine with the primary at the same stage"
     titles = [same] if len(branches) == 1 else [f"{_branch_name(branch)}: {same}" for branch in branches]
     figure = _stacked([*titles, "cosine with the primary direction"], 0.24)
@@ -77,7 +82,7 @@ def mlp_stages_figure(result) -> go.Figure:
                 _marks(x, own, sinks, name, COLOURS[i], MARKERS[i], size=9, showlegend=stage not in shown),
                 _marks(x + 0.05, other, sinks, f"{name}: same token, no sink", COLOURS[i], f"{MARKERS[i]}-open", size=6, showlegend=False),
             ]  # fmt: skip
-            _add(figure, row, *marks)
+            _add(figure, row, *(mark.update(legendrank=i + 1) for mark in marks))
             shown.add(stage)
     figure.update_yaxes(range=[-1.08, 1.08], title_text="cosine")
     _sink_axis(figure, result.table, len(panels))
@@ -100,15 +105,18 @@ def _branch_name(branch: str) -> str:
 def writers_figure(result) -> go.Figure:
     """What embedding, attention and MLPs write along the sink's direction, by layer, beyond ordinary tokens.
 
-    One panel per kind of sink. Bars: mean over sinks; line: what has been written so far, their sum.
+    One panel per kind of sink. Bars: mean over prompts; line: what has been written so far, their sum, with its interval.
     """
     groups = _groups(result.table)
     figure = _stacked([name for name, _ in groups])
     parts, so_far = result.by_part(), result.so_far().sel(direction="life").to_numpy()
     layers = result.data["layer"].to_numpy()
     looks = (("embed", "embedding", PURPLE), ("attn", "attention", SKY), ("mlp", "MLP", VERMILLION))
-    for row, (_, rows) in enumerate(groups, 1):
-        mean = parts[parts["sink"].isin(rows)].groupby(["part", "layer"])["excess"].mean()
+    parts["prompt"] = parts["sink"].map(result.table["prompt"])
+    estimates = []
+    for row, (group, rows) in enumerate(groups, 1):
+        by_prompt = parts[parts["sink"].isin(rows)].groupby(["prompt", "part", "layer"])["excess"].mean()
+        mean = by_prompt.groupby(["part", "layer"]).mean()
         for part, name, colour in looks:
             own = mean.loc[part]
             bar = go.Bar(
@@ -117,38 +125,43 @@ def writers_figure(result) -> go.Figure:
                 hovertemplate=f"{name}, layer %{{x}}: %{{y:.4g}}<extra></extra>",
             )  # fmt: skip
             _add(figure, row, bar)
-        line = go.Scatter(
-            x=layers.tolist(), y=nones(so_far[rows].mean(axis=0)), mode="lines+markers", name="written so far", showlegend=row == 1,
-            line={"color": INK, "width": 1.6}, marker={"size": 4, "color": INK},
-            hovertemplate="after layer %{x}: %{y:.4g}<extra></extra>",
-        )  # fmt: skip
+        estimates.append(_over_prompts(so_far[rows], result.table["prompt"].iloc[rows], f"writers/{group}"))
+        line = interval_trace(layers, estimates[-1], "mean", INK, "written so far", "after layer %{x}")
+        line.update(showlegend=row == 1, line_width=1.6, marker_size=4, error_y_thickness=1.1, error_y_width=3)
         _add(figure, row, line)
         start, end = (float(result.table[name].iloc[rows].median()) for name in ("l_start", "l_end"))
         shade = {"fillcolor": ORANGE, "opacity": 0.14, "line_width": 0, "layer": "below"}
         figure.add_vrect(x0=start - 0.5, x1=end + 0.5, row=row, col=1, **shade)
         figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=row, col=1)
     figure.update_layout(barmode="relative", bargap=0.3)
-    figure.update_xaxes(showticklabels=True, range=[-1.7, layers[-1] + 0.7], **layer_ticks(layers))
-    figure.update_xaxes(title_text="layer (-1: embedding)", row=len(groups), col=1)
+    step = layer_ticks(layers)["dtick"]
+    ticks = [-1, *range(0 if step == 1 else step, int(layers[-1]) + 1, step)]  # a name at -1 leaves no room for 0
+    named = {"tickvals": ticks, "ticktext": ["emb", *map(str, ticks[1:])]}
+    figure.update_xaxes(showticklabels=True, range=[-1.7, layers[-1] + 0.7], **named)
+    figure.update_xaxes(title_text="layer (emb: embedding)", row=len(groups), col=1)
     figure.update_yaxes(title_text="projection")
     text = (
         f"{whose(result)}. Projection on the primary direction of each sink's life, less the mean of ordinary tokens "
-        "(units of the residual stream). Shaded: the sinks' life (median)."
+        f"(units of the residual stream). Means over prompts. {bars(pd.concat(estimates), 'On the line')} Shaded: the sinks' life (median)."
     )
     title = "Who writes a sink's direction, and who erases it"
     return _finished(figure, title, text, height=160 + 230 * len(groups), bottom=64)
 
 
 def neurons_figure(result, n_shown: int = 8) -> go.Figure:
-    """How few neurons carry the write (share by number, a line per sink), and what the input of the largest looks like."""
+    """How few neurons carry the write (share by number, a line per sink), and what the input of the largest looks like.
+
+    Sinks whose MLP writes nothing along the direction, or against it, have no such share: the note counts them.
+    """
     below = f"input's cosine with the {n_shown} largest ones' weights"
     figure = _stacked(["share of the MLP's write, largest neurons first", below], 0.4)
     writes = result.data["write"].to_numpy().astype(float)
     at = np.unique(np.geomspace(1, writes.shape[1], min(writes.shape[1], 120)).round().astype(int))
     sums = np.cumsum(-np.sort(-writes, axis=1), axis=1)
-    shares = (sums / sums[:, -1:])[:, at - 1]
-    for kind in _kinds(result.table):
-        rows = np.flatnonzero(result.table["kind"] == kind)
+    writing = sums[:, -1] > 0
+    shares = (sums / np.where(writing, sums[:, -1], np.nan)[:, None])[:, at - 1]
+    for kind in _kinds(result.table[writing]):
+        rows = np.flatnonzero((result.table["kind"] == kind).to_numpy() & writing)
         names = [sink_name(result.table.iloc[row]) for row in rows]
         _add(figure, 1, _lines(at, shares[rows], names, f"{kind} sinks", KIND_LOOK[kind], "%{x} neurons"))
     for share in (0.5, 0.9, 1.0):
@@ -168,13 +181,18 @@ def neurons_figure(result, n_shown: int = 8) -> go.Figure:
     figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=2, col=1)
     figure.update_xaxes(type="log", title_text="number of neurons (log scale)", dtick=1, row=1, col=1)
     figure.update_xaxes(title_text="neuron of the sink, by size of its write", dtick=1, row=2, col=1)
-    figure.update_yaxes(title_text="share of the write", rangemode="tozero", row=1, col=1)
+    highest = float(np.nanmax(shares)) if writing.any() else 1.0
+    figure.update_yaxes(title_text="share of the write", range=[0, 1.05 * min(highest, MAX_SHARE)], row=1, col=1)
     figure.update_yaxes(title_text="cosine", row=2, col=1)
-    half, most, ratio = (x.median() for x in (result.carriers(0.5), result.carriers(0.9), result.participation()))
-    text = (
-        f"{whose(result)}. Neurons that carry 50%: {half:.3g}, 90%: {most:.3g} of {writes.shape[1]}; participation ratio "
-        f"{ratio:.3g} (medians). Below: median and range over sinks; the sign of up alone is a convention."
-    )
+    carried = [f"{share:.0%}: {result.carriers(share).median():.3g}" for share in (0.5, 0.9)] if writing.any() else []
+    said = f"Neurons that carry {', '.join(carried)} of {writes.shape[1]}" if carried else f"{writes.shape[1]} neurons"
+    text = f"{whose(result)}. {said}; participation ratio {result.participation().median():.3g} (medians). "
+    if not writing.all():
+        n = int((~writing).sum())
+        text += f"Of {n} sink{'s' * (n != 1)} the MLP writes nothing along the direction, or against it: no line. "
+    if highest > MAX_SHARE:
+        text += f"Shares above {MAX_SHARE:g} are cut off: there neurons write much that others take back. "
+    text += "Below: median and range over sinks; the sign of up alone is a convention."
     return _finished(figure, "The neurons that carry the forming write", text, height=640, bottom=60, legend_rows=2)
 
 
@@ -250,7 +268,10 @@ def score_by_lifetime_figure(result) -> go.Figure:
     names, scale, means = [sink_name(sink) for _, sink in result.table.iterrows()], _scale(lives), result.by_lifetime()
     points = _marks(lives, result.table["life_score"].to_numpy(dtype=float), names, "sinks", INK, "circle", size=8)
     points.marker.update(
-        color=lives.tolist(), line={"color": INK, "width": 0.6}, colorbar=_scale_bar("lifetime<br>(layers)"), **scale
+        color=lives.tolist(),
+        line={"color": INK, "width": 0.6},
+        colorbar=_scale_bar("lifetime<br>(layers)") | layer_ticks(lives),
+        **scale,
     )
     mean = interval_trace(
         means["lifetime"].to_numpy(), means, "mean", MUTED, "mean over prompts", "lifetime %{x}", marker="diamond-open"
@@ -272,7 +293,7 @@ def score_by_lifetime_figure(result) -> go.Figure:
     for row in (1, 2):
         figure.update_yaxes(title_text="score (share)", rangemode="tozero", row=row, col=1)
     figure.update_yaxes(title_text="l2 norm", type="log", tickformat="~s", dtick=1, row=3, col=1)
-    figure.update_xaxes(title_text="lifetime (layers)", row=1, col=1)
+    figure.update_xaxes(title_text="lifetime (layers)", row=1, col=1, **layer_ticks(lives))
     figure.update_xaxes(row=2, col=1, **layer_ticks(layers))
     figure.update_xaxes(title_text="layer", row=3, col=1, **layer_ticks(layers))
     text = f"{whose(result)}. Means over heads; by lifetime also over the layers that read the sink. {bars(means)}"
@@ -301,10 +322,11 @@ def pca_figure(result) -> go.Figure:
     figure.update_yaxes(title_text="l2 norm", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="cosine", range=[-1.05, 1.05], row=2, col=1)
     n = int(result.table["is_sink"].sum())
+    others = len(result.table) - n
     text = (
-        f"{model_of(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} sinks and "
-        f"{len(result.table) - n} same-token non-sinks (share of variance); positive: the sinks' side. alpha * pc replaces the normed "
-        "input. Dotted: the inputs' mean norm."
+        f"{model_of(result)}, MLP {result.manifest.settings.get('layer')}: components of its centred inputs at {n} "
+        f"sink{'s' * (n != 1)} and {others} same-token non-sink{'s' * (others != 1)} (share of variance); positive: "
+        "the sinks' side. alpha * pc replaces the normed input. Dotted: the inputs' mean norm."
     )
     return _finished(figure, "The MLP's response along principal directions", text, height=620, bottom=56)
 
@@ -362,15 +384,18 @@ def matrix_entropy_figure(result) -> go.Figure:
             trace = _lines(seen, line, [f"layer {layer}"], "", (_shade(layer, scale), "solid", ""), "%{x} tokens")
             _add(figure, row, trace.update(showlegend=False))
     bar = go.Scatter(x=[None], y=[None], mode="markers", showlegend=False)
-    bar.marker.update(color=[float(layers[0])], showscale=True, colorbar=_scale_bar("layer"), **scale)
+    bar.marker.update(
+        color=[float(layers[0])], showscale=True, colorbar=_scale_bar("layer") | layer_ticks(layers), **scale
+    )
     _add(figure, 1, bar)
     ticks = [x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if seen[0] <= x <= seen[-1]]
     figure.update_xaxes(type="log", showticklabels=True, tickvals=ticks)
     figure.update_xaxes(title_text="tokens seen (log scale)", row=len(groups), col=1)
     figure.update_yaxes(title_text="entropy (nats)", rangemode="tozero")
-    n = result.data.sizes["prompt"]
+    n, shortest = result.data.sizes["prompt"], int(result.table["n_tokens"].min())
+    reach = f" (beyond {shortest} tokens, over those that are as long)" if seen[-1] > shortest else ""
     text = (
-        f"{model_of(result)}, mean over {n} prompt{'s' * (n != 1)}. Spectrum of the Gram matrix of the first tokens' hidden states, "
+        f"{model_of(result)}, mean over {n} prompt{'s' * (n != 1)}{reach}. Spectrum of the Gram matrix of the first tokens' hidden states, "
         "as they are: a massive activation counts as it is."
     )
     return _finished(figure, "Matrix entropy of the hidden states", text, height=600, bottom=56).update_layout(
@@ -500,6 +525,12 @@ def _lines(x, rows: np.ndarray, names: Sequence[str], name: str, look, where: st
         text=[text for one in names for text in (*[one] * n, None)], mode="lines", name=name,
         line={"color": colour, "width": width, "dash": dash}, hovertemplate=f"%{{text}}<br>{where}: %{{y:.4g}}<extra></extra>",
     )  # fmt: skip
+
+
+def _over_prompts(values: np.ndarray, prompts: pd.Series, name: str) -> pd.DataFrame:
+    """Mean over prompts of each column of values [sink, layer] with its interval; columns mean, low, high, n_prompts."""
+    found = bootstrap_columns(values, prompts, name=name)
+    return pd.DataFrame({"mean": e.mean, "low": e.low, "high": e.high, "n_prompts": e.n} for e in found)
 
 
 def _marks(

@@ -147,6 +147,14 @@ def test_writes_add_up_to_the_residual_stream_of_hugging_face(name):
     assert ("L0 bias" in result.data["component"].values) == (name in ("gpt2", "gpt_neox", "bloom"))
 
 
+def test_writes_need_ordinary_tokens_to_be_held_against():
+    """A mean of none would be NaN, and no component a writer."""
+    texts = {"short": prompt()[:5]}
+    sinks = sinks_at(("short", 4), token_ids=texts)
+    with pytest.raises(InputError, match="'short' of 5 tokens has none beside its sinks and the first 4"):
+        anatomy.writers(lens(), sc.Tokens(tuple(texts.values()), tuple(texts)), sinks, **QUIET)
+
+
 def test_components_that_do_not_add_up_are_an_error():
     clean = sc.run_clean(lens(), prompt())
     names = [f"blocks.{layer}.hook_{part}_out" for layer in range(24) for part in ("attn", "mlp")]
@@ -627,7 +635,7 @@ def test_pca_takes_the_most_frequent_layer_and_refuses_sinks_without_controls():
     ) == (6, 3, 1)
     places = set(zip(result.table["prompt"], result.table["pos"], strict=True))
     assert ("prompt-0", 8) not in places  # a sink of another layer is no control
-    with pytest.raises(InputError, match="1 sinks of layer 6 and 0 same-token non-sinks"):
+    with pytest.raises(InputError, match="sinks of layer 6: 1, same-token non-sinks: 0; at least one"):
         anatomy.pca(lens(), [prompt()], secondary(), layer=6, **QUIET)
     with pytest.raises(InputError, match="alphas"):
         anatomy.pca(lens(), list(texts.values()), sinks, layer=6, alphas=[math.nan], **QUIET)
@@ -679,7 +687,7 @@ def test_clustering_pairs_sinks_with_their_tokens():
     )
     expected = geometry.silhouette(torch.cdist(x, x).numpy(), result.table["is_sink"].to_numpy(dtype=bool))
     assert float(result.data["silhouette"].sel(space="resid_post", layer=1)) == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(InputError, match="0 sinks have a same-token non-sink"):
+    with pytest.raises(InputError, match="sinks with a same-token non-sink: 0, at least 2"):
         anatomy.clustering(lens(), [prompt()], secondary(), **QUIET)
     with pytest.raises(InputError, match="name each once"):
         anatomy.clustering(lens(), list(texts.values()), sinks, layers=[1, 1], **QUIET)
@@ -954,6 +962,26 @@ def test_figures_draw_the_numbers():
     pca, figure = results["pca"], results["pca"].plot()
     np.testing.assert_allclose(figure.data[0].y[:-1], pca.data["response_norm"][0])
     assert profiles.REST in norms.table["kind"].values
+
+
+@pytest.mark.parametrize(("name", "n_panels"), [("qwen3_moe", 4), ("qwen2_moe", 5)])
+def test_a_branch_that_does_not_exist_has_no_panel(name, n_panels):
+    """The whole, two experts, shared experts where there are some, the direction; stages in the legend in their order."""
+    model = load(name)
+    torch.manual_seed(3)
+    texts = {"a": torch.randint(3, model.cfg.d_vocab, (40,))}
+    result = anatomy.mlp_stages(
+        model, sc.Tokens((texts["a"],), ("a",)), sinks_at(("a", 20), token_ids=texts), layer=1, **QUIET
+    )
+    figure = result.plot()
+    assert len(list(figure.select_yaxes())) == n_panels == sum(one.yref == "paper" for one in figure.layout.annotations)
+    ranks = {trace.name: trace.legendrank for trace in figure.data if trace.showlegend}
+    assert sorted(ranks, key=ranks.get) == ["MLP input", "gate", "up", "activation", "product", "output (contribution)"]
+
+
+def test_layers_are_whole_numbers_on_an_axis():
+    figure = every_result()["score_by_lifetime"].plot()
+    assert figure.layout.xaxis.dtick >= 1 and figure.data[0].marker.colorbar.dtick >= 1
 
 
 def test_hostile_tokens_stay_text():

@@ -295,6 +295,106 @@ def test_the_diagram_draws_every_edge_with_its_weight(results):
     assert np.argsort(widths).tolist() == np.argsort(stream).tolist()
 
 
+def test_the_stream_comes_to_a_row_as_what_stands_before_its_layer(results):
+    """A head reads what the layers below it left, not what the MLP of its own layer is about to take away."""
+    sink = int(np.flatnonzero(results.writers.table["kind"] == "secondary")[0])
+    figure = figures.circuit_figure(results.writers, None, results.key_query_geometry, sink=sink)
+    edges = figures.circuit_edges(results.writers, None, results.key_query_geometry, sink=sink)
+    so_far = results.writers.so_far().sel(sink=sink, direction="life").to_numpy()
+    stream = [trace.customdata[0] for trace in named(figure, "residual stream")]
+    assert len(stream) == len(edges) + 1 and (edges["role"] == "reader").any() and (edges["role"] == "eraser").any()
+    for edge, share in zip(edges.itertuples(), stream[:-1], strict=True):
+        if edge.layer > 0:
+            np.testing.assert_allclose(share, np.clip(so_far[edge.layer - 1] / so_far.max(), 0, 1), atol=1e-6)
+    np.testing.assert_allclose(stream[-1], np.clip(so_far[edges["layer"].max()] / so_far.max(), 0, 1), atol=1e-6)
+
+
+def test_an_mlp_whose_neurons_are_shown_is_there_though_it_writes_nothing(results):
+    """As MLP 0 of SmolLM2: sinks hang on it, but it writes none of their direction."""
+    sink = int(np.flatnonzero(results.writers.table["kind"] == "secondary")[0])
+    start = int(results.writers.table["l_start"].iloc[sink])
+    excess = results.writers.excess().sel(sink=sink, direction="start")
+    layer = min(range(start + 1), key=lambda one: float(excess.sel(component=f"L{one} mlp")))
+    data = results.neurons.data.assign(layer=("sink", np.full(len(results.neurons.table), layer)))
+    elsewhere = dataclasses.replace(results.neurons, data=data)
+    edges = figures.circuit_edges(results.writers, elsewhere, sink=sink)
+    (edge,) = edges[edges["component"] == f"L{layer} mlp"].itertuples()
+    whole = float(results.writers.so_far().sel(sink=sink, direction="start", layer=start))
+    assert edge.role == "writer"
+    assert edge.weight == pytest.approx(float(excess.sel(component=f"L{layer} mlp")) / whole, abs=1e-9)
+    figure = figures.circuit_figure(results.writers, elsewhere, sink=sink)
+    (box,) = [one for one in figure.layout.annotations if one.text == f"L{layer} MLP"]
+    lines = named(figure, "neuron")
+    assert lines and all(line.y[0] == box.y > line.y[1] for line in lines)
+    assert "0%" in [one.text for one in figure.layout.annotations]  # neither +0% nor −0%
+    against = dataclasses.replace(elsewhere, data=data.assign(contribution=-abs(data["contribution"])))
+    figure = figures.circuit_figure(results.writers, against, sink=sink)
+    assert not named(figure, "neuron")
+    said = f"shares of neurons (MLP {layer} writes nothing along the direction, or against it)"
+    assert said in figures.look.title_of(figure)[1]
+
+
+def test_writes_are_means_over_prompts_with_the_interval_of_their_sum(results):
+    writers = results.writers
+    rows = np.flatnonzero((writers.table["kind"] == "secondary").to_numpy())
+    prompts = writers.table["prompt"].iloc[rows].tolist()
+    assert len(set(prompts)) == 2 and len(prompts) == 3  # means over sinks would be others
+    so_far = writers.so_far().sel(direction="life").to_numpy()[rows]
+    by_prompt = np.stack([so_far[[one == name for one in prompts]].mean(axis=0) for name in dict.fromkeys(prompts)])
+    figure = writers.plot()
+    panel = [f"{one.text}" for one in figure.layout.annotations if one.text.startswith("secondary")]
+    assert panel == ["secondary sinks (n = 3)"]
+    (line,) = [one for one in named(figure, "written so far") if np.allclose(one.y, by_prompt.mean(axis=0), rtol=1e-5)]
+    low, high = ends(line, "y")
+    same(low, by_prompt.min(axis=0))  # an interval over two prompts is their range
+    same(high, by_prompt.max(axis=0))
+    written = [np.array(one.y) for one in figure.data if one.type == "bar" and one.yaxis == line.yaxis]
+    by_layer = np.zeros(len(line.x))
+    for bar in [one for one in figure.data if one.type == "bar" and one.yaxis == line.yaxis]:
+        for layer, value in zip(bar.x, bar.y, strict=True):
+            by_layer[max(layer, 0)] += value
+    assert len(written) == 3
+    np.testing.assert_allclose(np.cumsum(by_layer), line.y, rtol=1e-4, atol=1e-3 * np.abs(line.y).max())
+
+
+def test_a_share_of_nothing_is_not_drawn(results):
+    """The share of a write along the direction means nothing where the MLP writes none, or against it."""
+    write = results.neurons.data["write"].to_numpy().copy()
+    write[0] = -write[0]
+    turned = dataclasses.replace(results.neurons, data=results.neurons.data.assign(write=(("sink", "neuron"), write)))
+    figure = turned.plot()
+    (lines,) = named(figure, "secondary sinks")
+    drawn = np.array([value for value in lines.y if value is not None])
+    assert sum(value is None for value in lines.y) == len(results.neurons.table) - 1 and (drawn > 0).all()
+    assert "Of 1 sink the MLP writes nothing along the direction, or against it" in figures.look.title_of(figure)[1]
+    assert "writes nothing" not in figures.look.title_of(results.neurons.plot())[1]
+
+
+def test_what_was_taken_out_with_the_neurons_is_said(results):
+    note = figures.look.title_of(results.ablate_neurons.plot("log_odds"))[1]
+    assert "neurons (named: the 1 with the largest writes; random: as many others) edited" in note
+
+
+def test_norm_scales_held_leave_the_other_scales_alone(results):
+    """With held scales an effect can be many times as large; the parts of the total must stay legible beside it."""
+    paths = results.paths
+    figure = paths.plot()
+    assert figure.layout.xaxis.range == figure.layout.xaxis3.range == figure.layout.xaxis4.range
+    table = paths.summary()
+    own = table[(table["outcome"] == "log_odds") & ~table["part"].str.endswith("norm scales held")]
+    low, high = figure.layout.xaxis.range
+    assert (high - low) <= 1.11 * (
+        max(0, own[["effect", "high"]].max().max()) - min(0, own[["effect", "low"]].min().min())
+    )
+
+
+def test_bars_are_of_as_many_prompts_as_they_are():
+    assert figures.look.bars(pd.DataFrame({"n_prompts": [0, 3, 3, 1]})) == "Bars: 95% interval over 3 prompts."
+    assert figures.look.bars(pd.DataFrame({"n_prompts": [1, 2, 4]})) == "Bars: 95% interval over 2 to 4 prompts."
+    assert figures.look.bars(pd.DataFrame({"n_prompts": [1, 0]})) == "Too few prompts for an interval."
+    assert figures.look.bars(pd.DataFrame({"n_prompts": []})) == "Too few prompts for an interval."
+
+
 def test_the_diagram_says_what_was_not_measured(results):
     primary = int(np.flatnonzero(results.writers.table["kind"] == "primary")[0])
     title = figures.circuit_figure(results.writers, results.neurons, sink=primary).layout.title.text.replace(

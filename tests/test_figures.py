@@ -14,6 +14,7 @@ import torch
 import sink_circuits as sc
 from sink_circuits import figures, planted
 from sink_circuits.errors import InputError, ResultError
+from sink_circuits.figures import look
 
 HOSTILE = [
     "<bos>",
@@ -309,6 +310,20 @@ def test_save_figure_says_what_a_picture_needs(tmp_path, monkeypatch):
     with pytest.raises(ResultError, match=r"needs the package kaleido and a Chromium browser \(kaleido is not there\)"):
         figures.save_figure(go.Figure(), tmp_path / "f.svg")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_has_lines_as_long_as_it_is_wide(results):
+    """Pages wrap for a phone; a picture's width is known, so its note need not fill half of it."""
+    figure = figures.layer_map_figure(results.layer_map)
+    wide = look.widened(figure)
+    before, after = (one.layout.title.text.count("<br>") for one in (figure, wide))
+    assert before > after and look.title_of(wide) == look.title_of(figure)
+    lines = re.sub("<(?!br)[^>]*>", "", wide.layout.title.text).split("<br>")
+    assert look.LINE_LENGTH < max(map(len, lines)) <= look.WIDE_LENGTH
+    plots = [one.layout.height - one.layout.margin.t - one.layout.margin.b for one in (figure, wide)]
+    assert plots[0] == plots[1] and figure.layout.height - wide.layout.height == 16 * (before - after)
+    own = go.Figure().update_layout(title="a<br>title of one's own")
+    assert look.widened(own) is own
 
 
 def test_save_figure_as_svg(results, tmp_path):

@@ -56,6 +56,12 @@ def test_the_accounts_and_paths_are_of_these_sinks(names):
     assert frame["neuron"].iloc[frame["write"].argmax()] == 0  # the planted one
 
 
+def test_writers_and_erasers_are_the_planted_ones(names):
+    top = names["writers"].top(1).groupby("role")["component"].agg(set)
+    assert top["writer"] == {"L6 mlp"} and top["eraser"] == {"L13 mlp"}
+    assert len(names["diagram"].data) and (names["folder"] / "writers.html").stat().st_size > 1e6
+
+
 def test_the_reference_has_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     make = RECIPES.with_name("make_reference.py")

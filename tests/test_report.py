@@ -174,6 +174,14 @@ def test_answers_hold_the_numbers_of_the_summary(made):
     assert "MLPs 6 and 7 together" in ablation
 
 
+def test_an_experiment_of_ones_own_is_a_question_of_cause(made):
+    own = Effect("turned away", *(getattr(made.effects[2], name) for name in ("data", "table", "manifest")))
+    asked = words.question(made.sinks, [own])
+    assert "(“turned away”)" in asked[0] and "No question of cause" not in " ".join(asked)
+    neurons = Effect("ablate_neurons", own.data, own.table, own.manifest)
+    assert "single neurons" in words.question(made.sinks, [neurons])[0]
+
+
 def test_no_direction_without_an_interval(made):
     (text,) = answers([one_prompt(made.effects[2])])
     assert "differ by −" in text

@@ -1,5 +1,6 @@
 """`sink-circuits report`: one page from saved files; what does not fit is told in a sentence before anything is written."""
 
+import html
 import json
 import re
 
@@ -11,7 +12,7 @@ from test_figures import Elements, assert_no_foreign_markup, strings
 from test_report import browse, in_a_frame, needs_browser, probed, seen_in
 
 import sink_circuits as sc
-from sink_circuits import cli, planted
+from sink_circuits import cli, figures, planted
 from sink_circuits.anatomy import against_random
 from sink_circuits.errors import ResultError
 from sink_circuits.report import read_results, sinks_of
@@ -110,6 +111,11 @@ def test_attention_patterns_stand_in_the_page_once_for_each_text(page):
         data = json.loads(view)
         assert len(data["tokens"]) == 1 + 48 and any("</script>" in token for token in data["tokens"])
     assert page.count('id="library-circuitsvis"') == 1
+    named = [
+        summary for summary in re.findall("<summary>(.*?)</summary>", page) if summary.startswith("Attention patterns")
+    ]
+    shown = [html.escape(figures.visible(name, spaces=False)) for name in NAMES]
+    assert named == [f"Attention patterns around the sinks of {name}, interactive (circuitsvis)" for name in shown]
 
 
 def test_the_page_says_how_to_make_the_results_again(page):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sink_circuits import arguments
 from sink_circuits.anatomy.reading import (
+    SKIP_FIRST,
     activations,
     check_equal,
     linear_gains,
@@ -24,7 +25,7 @@ from sink_circuits.anatomy.reading import (
 )
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks, primary_direction
-from sink_circuits.errors import ModelError
+from sink_circuits.errors import InputError, ModelError
 from sink_circuits.models import adapt
 from sink_circuits.runs import CleanRun
 
@@ -129,8 +130,8 @@ def writers(model, tokens, sinks: Sinks, *, attention_mask=None, verbose: bool =
 
     These are direct writes (the decomposition of direct logit attribution, Elhage et al. 2021, along another direction);
     what made a head or MLP write them is no part of it, and a large write need not be one that the sink hangs on. Raises
-    ModelError when the components do not add up to the whole residual stream within the dtype's tolerance (2e-4 of the
-    largest value added so far in float32).
+    InputError for a text without ordinary tokens, against which the writes are held; ModelError when the components do not
+    add up to the whole residual stream within the dtype's tolerance (2e-4 of the largest value added so far in float32).
     """
     tokens, table = prepare(model, tokens, sinks, attention_mask, verbose)
     layers = range(adapt(model).n_layers)
@@ -141,6 +142,11 @@ def writers(model, tokens, sinks: Sinks, *, attention_mask=None, verbose: bool =
     }
     components: list[tuple[str, int, str]] = []
     for text in texts(model, tokens, sinks, verbose=verbose):
+        if not text.ordinary.any():
+            raise InputError(
+                f"prompt {text.name!r} of {len(text.ids)} tokens has none beside its sinks and the first {SKIP_FIRST}, against which "
+                "writes are held: give a longer text."
+            )
         kept = activations(model, text.ids, ["blocks.0.hook_resid_pre", *names], optional=z)
         error = _check_sum(text.clean, kept, layers)
         units = torch.cat([_directions(text.clean, table.iloc[row]) for row in text.rows])

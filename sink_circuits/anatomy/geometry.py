@@ -136,8 +136,8 @@ def pca(
     is_sink = torch.tensor(gathered.table["is_sink"].to_numpy(dtype=bool))
     if len(is_sink) < 2 or is_sink.all():
         raise InputError(
-            f"{int(is_sink.sum())} sinks of layer {chosen} and {int((~is_sink).sum())} same-token non-sinks: at least one of each is "
-            "needed; give more prompts."
+            f"sinks of layer {chosen}: {int(is_sink.sum())}, same-token non-sinks: {int((~is_sink).sum())}; at least one of each is "
+            "needed: give more or longer prompts."
         )
     found = {space: principal_components(gathered.vectors[space, chosen], is_sink) for space in SPACES}
     n = min(len(explained) for _, _, explained in found.values())
@@ -237,7 +237,7 @@ def clustering(
     paired = gathered.table["pair"].map(counts).to_numpy() == 2
     if paired.sum() < 4:
         raise InputError(
-            f"{int(paired.sum()) // 2} sinks have a same-token non-sink: at least 2 are needed; give more or longer prompts."
+            f"sinks with a same-token non-sink: {int(paired.sum()) // 2}, at least 2 are needed: give more or longer prompts."
         )
     rows = gathered.table[paired].reset_index(drop=True)
     is_sink, token_id = rows["is_sink"].to_numpy(dtype=bool), rows["token_id"].to_numpy()

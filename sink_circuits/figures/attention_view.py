@@ -44,9 +44,9 @@ def attention_view(window, *, name: str = "patterns", library: bool = True) -> s
         f"number in brackets only counts labels. Sinks at {', '.join(sinks)}. “{ELSEWHERE}” is all that lies outside these "
         f"{len(tokens)} positions. Full colour: {bound:.2g} and more."
     )
-    target = target_of(name)
+    target, text = target_of(name), html.escape(visible(str(tokens["prompt"].iloc[0]), spaces=False))
     box = (
-        '<details class="cv"><summary>Attention patterns around the sinks, interactive (circuitsvis)</summary>'
+        f'<details class="cv"><summary>Attention patterns around the sinks of {text}, interactive (circuitsvis)</summary>'
         f'<p class="tok-note">{html.escape(note)}</p><div class="cv-box whole" id="{target}"></div>'
         f'<script type="application/json" class="cv-data" data-component="AttentionHeads" data-target="{target}">{script_json(props)}'
         "</script></details>"

@@ -45,7 +45,7 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
     weight: of writers the share of what stands along the sink's direction after l_start, of carriers (later writers) the
     share of its peak, of erasers the same and negative (`Writers.top`); of neurons the share of their MLP's write along it; of
     readers the sink score of a head, the mean attention that the sink gets there. An MLP whose neurons are given is always
-    listed. Raises InputError for a row that does not exist.
+    listed, also when it writes nothing along the direction, or against it. Raises InputError for a row that does not exist.
     """
     arguments.instance(writers, "writers", Writers, "pass what anatomy.writers returns")
     for name, value, kind in (("neurons", neurons, Neurons), ("heads", heads, KeyQueryGeometry)):
@@ -68,6 +68,8 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
         listed = pd.concat([kept, given[(given["component"] == mlp) & (role != "eraser")]]).drop_duplicates("component")
         for one in listed.itertuples():
             rows.append((role, one.component, "residual stream", int(one.layer), float(one.share)))
+    if mlp is not None and mlp not in [component for _, component, *_ in rows]:
+        rows.append(_small(writers, sink, mlp))
     if neurons is not None and row is not None:
         write, whole = neurons.data["write"].to_numpy()[row].astype(float), float(neurons.data["contribution"][row])
         for index in np.argsort(-write, kind="stable")[:n]:
@@ -96,6 +98,20 @@ def circuit_edges(writers, neurons=None, heads=None, *, sink: int = 0, n: int = 
     return frame.drop(columns=["_part", "_role"])
 
 
+def _small(writers, sink: int, component: str) -> tuple[str, str, str, int, float]:
+    """The edge of a component that is among no role's largest: its share, small or negative, by the direction of its layer."""
+    own, layer = writers.table.iloc[sink], int(writers.data["component_layer"].sel(component=component))
+    role = "writer" if layer <= int(own["l_start"]) else "carrier"
+    direction, whole_at = (
+        ("start", int(own["l_start"])) if role == "writer" else ("life", int(writers.peak("life")[sink]))
+    )
+    excess, whole = (
+        float(values.sel(sink=sink, direction=direction, **at))
+        for values, at in ((writers.excess(), {"component": component}), (writers.so_far(), {"layer": whole_at}))
+    )
+    return role, component, "residual stream", layer, excess / whole
+
+
 def _row_of(table: pd.DataFrame, sink) -> int | None:
     """Where this sink stands in another result's table; None where it does not."""
     found = np.flatnonzero(np.logical_and.reduce([(table[name] == sink[name]).to_numpy() for name in KEY]))
@@ -107,8 +123,8 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
 
     Every edge is one row with its measured weight (`circuit_edges`): writers and what adds to them point at the stream,
     erasers take from it, dashed and with a minus; readers are the heads that attend to it; neurons hang below their MLP. The
-    stream is as wide as what stands along the sink's direction, against its peak. Raises InputError for a row that does
-    not exist, or when nothing is left to draw.
+    stream comes to every row as wide as what stands along the sink's direction before that row's layer, against its peak. Raises
+    InputError for a row that does not exist, or when nothing is left to draw.
     """
     edges = circuit_edges(writers, neurons, heads, sink=sink, n=n)
     if not len(edges):
@@ -117,13 +133,15 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
     edges = _neurons_below(edges)
     figure = go.Figure()
     _stream(figure, writers, sink, edges)
-    mlp_rows = {edge.component: y for y, edge in enumerate(edges.itertuples()) if edge.role in ("writer", "carrier")}
+    rows: dict[str, int] = {}
+    for y, component in enumerate(edges["component"]):  # an MLP may add and erase: its neurons hang below its first row
+        rows.setdefault(component, y)
     shown: set[str] = set()
     for y, edge in enumerate(edges.itertuples()):
         name, colour, dash = ROLES[edge.role]
-        weight = f"{edge.weight:.3f}" if edge.role == "reader" else f"{edge.weight:+.0%}".replace("-", "−")
+        weight = f"{edge.weight:.3f}" if edge.role == "reader" else _percent(edge.weight)
         if edge.role == "neuron":
-            x, ys = [0.05, 0.05, 0.14], [mlp_rows.get(edge.target, y), y, y]
+            x, ys = [0.05, 0.05, 0.14], [rows[edge.target], y, y]
         else:
             x, ys = ([0.02, STREAM] if edge.role != "reader" else [STREAM, RIGHT - 0.02]), [y, y]
         figure.add_trace(
@@ -163,11 +181,16 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
         for name, one in (("neurons", neurons), ("readers", heads))
         if one is None or _row_of(one.table, own) is None
     ]
+    row = None if neurons is None else _row_of(neurons.table, own)
+    if row is not None and not (edges["role"] == "neuron").any():
+        mlp = int(neurons.data["layer"][row])
+        missing.append(f"shares of neurons (MLP {mlp} writes nothing along the direction, or against it)")
     erased = "" if (edges["role"] == "eraser").any() else " Nothing takes it away: it lasts to the last layers."
     text = (
         f"{model_of(writers)}, {own['kind']} sink of {own['prompt']}; layers upwards. Shares: writers, of what stands along the "
         "primary direction after the sink's first layer; what adds and erases, of its peak; neurons, of their MLP's write. Readers: "
-        "mean attention that the sink gets in that head. The stream is as wide as what stands there; shaded: the sink's life, "
+        "mean attention that the sink gets in that head. The stream comes to each row as wide as what stands there before its "
+        "layer; shaded: the sink's life, "
         f"layers {own['l_start']} to {own['l_end']}.{erased}"
         + (f" Not measured: {' and '.join(missing)}." if missing else "")
     )
@@ -175,6 +198,11 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
     finish(figure, f"Circuit of the sink at position {own['pos']}", text, height=height + 44, bottom=12)
     # A legend of three rows on a phone.
     return figure.update_layout(margin={"l": 10, "r": 10, "t": figure.layout.margin.t + 44})
+
+
+def _percent(share: float) -> str:
+    """A share with its sign; one that rounds to 0 has none."""
+    return f"{share:+.0%}".replace("-", "−") if abs(share) >= 0.005 else "0%"
 
 
 def _shade_life(figure: go.Figure, layers: list[int], start: int, end: int) -> None:
@@ -190,22 +218,27 @@ def _neurons_below(edges: pd.DataFrame) -> pd.DataFrame:
     neurons = edges[edges["role"] == "neuron"].sort_values("weight", kind="stable")
     rows = []
     for edge in edges[edges["role"] != "neuron"].itertuples(index=False):
-        if len(neurons) and edge.component == neurons["target"].iloc[0] and edge.role in ("writer", "carrier"):
+        if len(neurons) and edge.component == neurons["target"].iloc[0]:
             rows += list(neurons.itertuples(index=False))
             neurons = neurons.iloc[:0]
         rows.append(edge)
-    rows = [*neurons.itertuples(index=False), *rows]  # of an MLP that is no writer
     return pd.DataFrame(rows, columns=list(edges))
 
 
 def _stream(figure: go.Figure, writers, sink: int, edges: pd.DataFrame) -> None:
-    """The residual stream, from row to row as wide as the excess along the direction after that row's layer, against its peak."""
+    """The residual stream, as wide as the excess along the direction, against its peak.
+
+    It comes to each row as what stands before that row's layer (what a head of the layer reads), and leaves the last row as
+    what stands after it.
+    """
     so_far = writers.so_far().sel(sink=sink, direction="life").to_numpy().astype(float)
     peak = float(np.nanmax(so_far)) or 1.0
+    embedding = float(writers.excess().sel(sink=sink, direction="life", component="embed"))
+    before = [0.0, embedding, *so_far[:-1]]  # of the embedding, of layer 0, ...
     layers = [int(layer) for layer in edges["layer"]]
+    shares = np.clip([*(before[layer + 1] for layer in layers), so_far[max(layers)]], 0, peak) / peak
     ys = [-0.7, *range(len(layers)), len(layers) - 0.4]
-    for row, layer in enumerate([-1, *layers]):
-        share = 0.0 if layer < 0 else float(np.clip(so_far[layer] / peak, 0, 1))
+    for row, share in enumerate(shares.tolist()):
         figure.add_trace(
             go.Scatter(
                 x=[STREAM, STREAM], y=ys[row : row + 2], mode="lines", name="residual stream", legendgroup="stream", showlegend=row == 0,

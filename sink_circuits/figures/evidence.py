@@ -183,7 +183,7 @@ def paths_figure(result, outcome: str = "log_odds") -> go.Figure:
     table["part"] = table["part"].str.removesuffix(HELD)
     known: tuple[tuple[str, str, dict[str, str], str, str], ...] = (
         ("path", "nested paths", PATH_NAMES, VERMILLION, "circle"),
-        ("held path", "the same with norm scales held", PATH_NAMES, PURPLE, "cross"),
+        ("held path", "the same with norm scales held (own scale)", PATH_NAMES, PURPLE, "cross"),
         ("step", "what each adds; together the total", STEP_NAMES, BLUE, "square"),
         ("hold", "what is lost of the total when held clean", {}, GREEN, "diamond"),
     )
@@ -194,10 +194,14 @@ def paths_figure(result, outcome: str = "log_odds") -> go.Figure:
         labels = [_path_label(part, names, share) for part, share in zip(own["part"], own["share"], strict=True)]
         _name_rows(figure, row, labels)
         figure.add_trace(_points(own, "effect", labels, kind, colour, symbol).update(showlegend=False), row=row, col=1)
-    ends = table[["effect", "low", "high"]].to_numpy(dtype=float)
-    if np.isfinite(ends).any():  # one scale for all, so that parts can be held against the total
-        low, high = min(0.0, float(np.nanmin(ends))), max(0.0, float(np.nanmax(ends)))
-        figure.update_xaxes(range=[low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)])
+    # One scale for all, so that parts can be held against the total; effects with norm scales held can be many times as large.
+    every = table[["effect", "low", "high"]].to_numpy(dtype=float)
+    for row, (kind, *_) in enumerate(parts, 1):
+        ends = every if kind == "held path" else every[(table["kind"] != "held path").to_numpy()]
+        if np.isfinite(ends).any():
+            low, high = min(0.0, float(np.nanmin(ends))), max(0.0, float(np.nanmax(ends)))
+            margin = 0.05 * (high - low or 1)
+            figure.update_xaxes(range=[low - margin, high + margin], row=row, col=1)
     figure.update_xaxes(title_text=f"change, {axis(outcome)}", row=len(parts), col=1)
     figure.update_xaxes(title_text=f"effect lost, {axis(outcome)}", row=len(parts), col=1) if parts[-1][
         0

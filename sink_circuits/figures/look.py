@@ -7,6 +7,7 @@ printed in grey can be read. Panels are stacked, never side by side: they stay l
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 import unicodedata
 
@@ -22,6 +23,8 @@ DIVERGING = [[0.0, "#00456d"], [0.25, "#4a9ccb"], [0.5, "#f7f7f7"], [0.75, "#e89
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
 LINE_LENGTH = 50
 """Characters of a figure's title that fit a phone of 360 px."""
+WIDE_LENGTH = 108
+"""Characters that fit a picture of 760 px."""
 
 AXIS_LABELS = {
     "score": "sink score (share)",
@@ -86,19 +89,49 @@ def layer_ticks(layers) -> dict:
     return {"tickmode": "linear", "tick0": 0, "dtick": step}
 
 
+def title_text(title: str, text: str, length: int = LINE_LENGTH) -> str:
+    """A figure's title and the note below it as plotly's markup, in lines of at most so many characters."""
+    # A page takes the lines apart again (`title_of`): none may end within a word.
+    heading, note = (
+        "<br>".join(safe(line) for line in textwrap.wrap(one, most, break_on_hyphens=False))
+        for one, most in ((title, round(0.76 * length)), (text, length))
+    )
+    # The font's own size sets the distance of all lines.
+    return f"<b><span style='font-size:15px'>{heading}</span></b><br><span style='color:{MUTED}'>{note}</span>"
+
+
+def title_of(figure: go.Figure) -> tuple[str, str]:
+    """Title and note of a figure as plain text without line breaks: what `title_text` was made of."""
+    parts = (figure.layout.title.text or "").partition("</b>")[::2]
+    heading, note = (html.unescape(re.sub("<[^>]*>", "", part.replace("<br>", " "))).strip() for part in parts)
+    return heading, note
+
+
+def widened(figure: go.Figure, length: int = WIDE_LENGTH) -> go.Figure:
+    """The figure with lines of its title as long as a picture of known width allows, and as much less height.
+
+    Figures that `finish` did not make come back as they are.
+    """
+    before = figure.layout.title.text or ""
+    if not before.startswith("<b><span") or figure.layout.height is None:
+        return figure
+    after = title_text(*title_of(figure), length)
+    less = 16 * (before.count("<br>") - after.count("<br>"))
+    wide = go.Figure(figure)
+    return wide.update_layout(title_text=after, height=wide.layout.height - less, margin_t=wide.layout.margin.t - less)
+
+
 def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int) -> go.Figure:
-    # A page takes the lines apart again: none may end within a word.
-    lines = textwrap.wrap(text, LINE_LENGTH, break_on_hyphens=False)
-    heading = "<br>".join(safe(line) for line in textwrap.wrap(title, LINE_LENGTH - 12, break_on_hyphens=False))
-    note = "<br>".join(safe(line) for line in lines)
+    title = title_text(title, text)
+    n_heading, n_lines = (part.count("<br>") for part in title.split("</b>"))
     has_legend = sum(trace.showlegend is not False and trace.type == "scatter" for trace in figure.data) > 1
     panels = [one for one in figure.layout.annotations if one.yref == "paper"]
     more = 15 * panels[0].text.count("<br>") if panels else 0  # a first panel whose title has several lines
-    top = 40 + 16 * heading.count("<br>") + 16 * len(lines) + (54 if has_legend else 30) + more
+    top = 40 + 16 * (n_heading + n_lines) + (54 if has_legend else 30) + more
     figure.update_layout(
         template="none",
         autosize=True,
-        height=height + 16 * len(lines) + more,
+        height=height + 16 * n_lines + more,
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",
@@ -107,8 +140,7 @@ def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int
         margin={"l": 58, "r": 14, "t": top, "b": bottom},
         showlegend=has_legend,
         title={
-            # The font's own size sets the distance of all lines.
-            "text": f"<b><span style='font-size:15px'>{heading}</span></b><br><span style='color:{MUTED}'>{note}</span>",
+            "text": title,
             "font": {"size": 12},
             "x": 0,
             "xref": "container",
@@ -182,15 +214,23 @@ def whose(effect) -> str:
 
 
 def layers_of(effect) -> str:
-    layers = str(effect.manifest.settings.get("layers", "")).strip("[]()")
+    settings = effect.manifest.settings
+    if getattr(effect, "kind", "") == "ablate_neurons":
+        n, share = settings.get("n"), settings.get("share")
+        which = f"the {n} with the largest writes" if n else f"those that carry {share:.0%} of the write"
+        return f"neurons (named: {which}; random: as many others)"
+    layers = str(settings.get("layers", "")).strip("[]()")
     if layers == "forming":
         return "each sink's forming MLP"
     return f"MLP{'s' * (',' in layers)} {layers}" if layers else "MLPs"
 
 
-def bars(rows: pd.DataFrame) -> str:
-    n = int(rows["n_prompts"].max()) if len(rows) else 0
-    return f"Bars: 95% interval over {n} prompts." if n > 1 else "Too few prompts for an interval."
+def bars(rows: pd.DataFrame, what: str = "Bars") -> str:
+    """What the bars are: of how many prompts, the least and the most, where rows differ. A row of one prompt has none."""
+    n = rows.loc[rows["n_prompts"] > 1, "n_prompts"].astype(int)
+    if not len(n):
+        return "Too few prompts for an interval."
+    return f"{what}: 95% interval over {n.max() if n.min() == n.max() else f'{n.min()} to {n.max()}'} prompts."
 
 
 def sink_name(row) -> str:

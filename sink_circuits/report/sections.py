@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from sink_circuits.claims import Claims
 from sink_circuits.controls import Controlled
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
+from sink_circuits.figures.look import title_of
 from sink_circuits.mass import MassAccount
 from sink_circuits.paths import PathEffect
 from sink_circuits.report.text import count, interval, join, number, number_or_text, sentences
@@ -476,11 +475,10 @@ def _drawn(name: str, figure) -> dict:
 def lift_title(figure) -> tuple[str, str]:
     """Take title and note out of a figure, as plain text: the page wraps them to its width, plotly wraps nothing.
 
-    A figure's title is `<b>title</b><br><span>note</span>` with line breaks for a phone (`figures.look.finish`).
+    A figure's own lines are those of a phone (`figures.look.title_text`).
     """
     title = figure.layout.title.text or ""
-    parts = title.partition("</b>")[::2]
-    heading, note = (html.unescape(re.sub("<[^>]*>", "", part.replace("<br>", " "))).strip() for part in parts)
+    heading, note = title_of(figure)
     # What stays above the panels: the first panel's own title, and the legend where there is one.
     margin = max(32, figure.layout.margin.t - 46 - 16 * title.count("<br>"))
     figure.update_layout(title=None, height=figure.layout.height - figure.layout.margin.t + margin, margin_t=margin)

@@ -24,8 +24,10 @@ def question(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str
         "layer_map": f"Which MLPs of {model} form its attention sinks?",
         "dose_response": f"Does the amount that an MLP of {model} writes decide how much attention a sink draws?",
         "ablate": f"Do the attention sinks of {model} fall when an MLP's contribution is taken away?",
+        "ablate_neurons": f"Do the attention sinks of {model} hang on single neurons of an MLP?",
     }
-    asks = list(dict.fromkeys(asked[e.kind] for e in effects if e.kind in asked))
+    own = "What do edits of an MLP's contribution (“{}”) do to the attention sinks of {}?"  # a user's experiment
+    asks = list(dict.fromkeys(asked.get(e.kind) or own.format(e.kind, model) for e in effects))
     more = {
         "claims": f"Do the claims about secondary sinks hold in {model}?",
         "paths": f"By which paths does the removal of an MLP's contribution reach the attention sinks of {model}?",
