@@ -99,8 +99,14 @@ def seed_of(*names) -> int:
 
 
 def prompt_means(values, prompts) -> np.ndarray:
-    """One number per prompt: the mean over its sinks, NaN left out; prompts with nothing left are dropped."""
-    frame = pd.DataFrame({"prompt": list(prompts), "value": np.asarray(values, dtype=float)}).dropna()
+    """One number per prompt: the mean over its sinks, NaN left out; prompts with nothing left are dropped.
+
+    Raises InputError for infinite values, and unless each has its prompt.
+    """
+    values = _numbers(values, "values")
+    if values.ndim != 1:
+        raise InputError(f"values have {values.ndim} dimensions: give one number per sink.")
+    frame = pd.DataFrame({"prompt": _prompts(prompts, len(values)), "value": _finite(values)}).dropna()
     return frame.groupby("prompt", sort=False)["value"].mean().to_numpy()
 
 
@@ -110,7 +116,7 @@ def prompt_table(values, prompts) -> Float[np.ndarray, "prompt column"]:
     Prompts in the order in which they first appear.
     """
     frame = pd.DataFrame(_table(values, "sinks and columns"))
-    prompts = _labels(prompts, len(frame), "prompts")
+    prompts = _prompts(prompts, len(frame))
     return frame.groupby(pd.Series(prompts, dtype=object), sort=False).mean().to_numpy(dtype=float)
 
 
@@ -136,7 +142,7 @@ def bootstrap_columns(values, prompts, *, name: str | Sequence[str], confidence:
     """
     _check_confidence(confidence)
     values = _table(values, "sinks and columns")
-    prompts = np.asarray(_labels(prompts, len(values), "prompts"), dtype=object)
+    prompts = np.asarray(_prompts(prompts, len(values)), dtype=object)
     names = [name] * values.shape[1] if isinstance(name, str) else list(name)
     if len(names) != values.shape[1]:
         raise InputError(f"{len(names)} names for {values.shape[1]} columns: give one name, or one per column.")
@@ -264,8 +270,8 @@ def smallest_sign_flip_p(n: int, alternative: str = "two-sided") -> float:
 
 def prompts_needed(alpha: float = 0.05, alternative: str = "two-sided") -> int:
     """How many prompts a sign-flip test needs so that p <= alpha is possible at all: 6 for 0.05 two-sided."""
-    if not 0 < alpha <= 1:
-        raise InputError(f"alpha {alpha} is out of range: above 0, at most 1.")
+    if not is_number(alpha) or not 0 < alpha <= 1:
+        raise InputError(f"alpha {shown(alpha)} is out of range: above 0, at most 1.")
     n = 1
     while smallest_sign_flip_p(n, alternative) > alpha:
         n += 1
@@ -286,7 +292,7 @@ def trend_test(
     """
     _check_alternative(alternative)
     values = _table(values, "prompts and doses")
-    dose = np.asarray(dose, dtype=float)
+    dose = _numbers(dose, "doses")
     if dose.shape != values.shape[1:] or not np.isfinite(dose).all():
         raise InputError(f"{dose.size} doses for {values.shape[1]} columns of values: give one finite dose per column.")
     if len(np.unique(dose)) < MIN_DOSES:
@@ -312,8 +318,10 @@ def equivalence_test(values, prompts, margin: float, *, name: str = "equivalence
     is 2^-n, so that p <= 0.05 needs 5 prompts. Say the margin before looking. The statistic is the mean. Raises
     InputError for a margin that is not above 0.
     """
-    if not (isinstance(margin, int | float | np.number) and 0 < margin < math.inf):
-        raise InputError(f"margin {margin!r} is not allowed: give the largest effect that counts as none, above 0.")
+    if not is_number(margin) or not 0 < margin < math.inf:
+        raise InputError(
+            f"margin {shown(margin)} is not allowed: give the largest effect that counts as none, above 0."
+        )
     means = prompt_means(values, prompts)
     alternative = f"within ±{float(margin):g}"
     if not len(means):
@@ -338,14 +346,14 @@ def difference_to_controls(
     `effects`: one per sink; `controls`: [sink] or [sink, control], several per sink are averaged, NaN left out. Sinks
     without an effect or without any control are left out; those without a control are counted. Raises InputError.
     """
-    effects = np.asarray(effects, dtype=float)
+    effects = _numbers(effects, "effects")
     if effects.ndim != 1:
         raise InputError(f"effects have {effects.ndim} dimensions: give one number per sink.")
-    controls = np.asarray(controls, dtype=float)
+    controls = _numbers(controls, "controls")
     controls = _table(controls[:, None] if controls.ndim == 1 else controls, "sinks and controls")
     if len(controls) != len(effects):
         raise InputError(f"controls of {len(controls)} sinks for effects of {len(effects)}: give a row per sink.")
-    prompts = _labels(prompts, len(effects), "prompts")
+    prompts = _prompts(prompts, len(effects))
     counts = (~np.isnan(controls)).sum(axis=1)
     matched = np.where(counts > 0, np.nansum(controls, axis=1) / np.maximum(counts, 1), np.nan)
     differences = effects - matched
@@ -365,7 +373,9 @@ def rank_among_controls(value: float, controls, *, alternative: str = "greater")
     19 are needed for p <= 0.05, without any p is 1. A NaN value has p NaN.
     """
     _check_alternative(alternative)
-    controls = np.asarray(controls, dtype=float).reshape(-1)
+    if not is_number(value):
+        raise InputError(f"value {shown(value)} is no number: give one, or NaN for what is undefined.")
+    controls = _numbers(controls, "controls").reshape(-1)
     controls = controls[~np.isnan(controls)]
     n = len(controls)
     both = 2 if alternative == "two-sided" else 1
@@ -405,7 +415,7 @@ def benjamini_hochberg(pvalues) -> np.ndarray:
 
 
 def _adjusted(pvalues, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    p = np.asarray(pvalues, dtype=float)
+    p = _numbers(pvalues, "p-values")
     given = ~np.isnan(p)
     if ((p[given] < 0) | (p[given] > 1)).any():
         raise InputError("a p-value lies outside [0, 1]: give p-values.")
@@ -428,8 +438,8 @@ def discovery_confirmation_split(
     if len(set(prompts)) < len(prompts):
         raise InputError("a prompt is named twice: a split must know each once, or one could stand on both sides.")
     labels = _labels([None] * len(prompts) if kinds is None else kinds, len(prompts), "kinds")
-    if not 0 < share < 1:
-        raise InputError(f"share {share} is out of range: between 0 and 1.")
+    if not is_number(share) or not 0 < share < 1:
+        raise InputError(f"share {shown(share)} is out of range: between 0 and 1.")
     # Kind by kind, each shuffled; then the prompts at which the running total of shares passes a whole number.
     place = sorted(range(len(prompts)), key=lambda i: (str(labels[i]), seed_of("split", name, prompts[i])))
     totals = np.floor(share * np.arange(len(prompts) + 1) + 0.5)
@@ -453,12 +463,31 @@ def _check_alternative(alternative: str) -> None:
 
 
 def _table(values, dims: str) -> Float[np.ndarray, "row column"]:
-    table = np.asarray(values, dtype=float)
+    table = _numbers(values, "values")
     if table.ndim != 2:
         raise InputError(f"values have {table.ndim} dimensions: give two, {dims}.")
-    if np.isinf(table).any():
+    return _finite(table)
+
+
+def _numbers(values, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError, RuntimeError) as error:  # words, rows of different lengths, a tensor with a graph
+        raise InputError(f"{what} are no numbers: give numbers, or NaN for what is undefined.") from error
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    if np.isinf(values).any():
         raise InputError("some values are infinite: give finite ones, or NaN for what is undefined.")
-    return table
+    return values
+
+
+def _prompts(prompts, n: int) -> list:
+    """Each value's prompt: one without (None, NaN) would fall out of every mean without a word."""
+    labels = _labels(prompts, n, "prompts")
+    if (missing := pd.isna(pd.Series(labels, dtype=object)).to_numpy()).any():
+        raise InputError(f"value {int(missing.argmax())} has no prompt: name one for each.")
+    return labels
 
 
 def _labels(labels, n: int, what: str) -> list:
