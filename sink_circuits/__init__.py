@@ -97,7 +97,10 @@ _ROOMS = {
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)
-_OPEN_ROOMS = ("anatomy", "calibration", "figures", "planted", "records", "report", "statistics")
+_OPEN_ROOMS = (
+    "anatomy", "calibration", "claims", "controls", "experiments", "figures", "interventions", "outcomes", "paths", "planted", "records",
+    "report", "scores", "statistics",
+)  # fmt: skip
 """Modules of the package that are reached as `sink_circuits.anatomy`, without importing them first."""
 
 

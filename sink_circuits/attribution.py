@@ -16,7 +16,6 @@ the layers it missed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from sink_circuits import arguments
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import _check_options, layer_map, measure
+from sink_circuits.experiments import _check_options, check_handed_on, layer_map
 from sink_circuits.gradients import GRAPH_BYTES, MEANS, Subject, check_memory, neuron_hook
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
@@ -302,9 +301,8 @@ def attribute(
         arguments.instance(exact, "exact", Effect, "make it with layer_map()")
     if sinks is not None:
         arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")
-    if unknown := sorted(set(options) - set(inspect.signature(measure).parameters)):
-        raise InputError(f"option {unknown[0]!r} is unknown: see measure() for those that there are.")
-    _check_options(adapter, verbose=verbose, **{name: value for name, value in options.items() if name != "what"})
+    check_handed_on(options)
+    _check_options(adapter, verbose=verbose, **options)
     _check_arguments(adapter, outcome, method, targets, positions, n_steps, readers)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
     recompute = check_memory(adapter, max(map(len, tokens)), graph_bytes)

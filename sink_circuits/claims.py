@@ -344,6 +344,9 @@ def _measure_all(
     ).over_lifetime("log_odds")  # fmt: skip
     dosed = dose_response(model, tokens, treated, layer=layer, **options)
     less = _less(zeroed, "zero")
+    alone = matches.loc[(matches["control"] == "same range") & (matches["pos"] < 0), "sink"].to_numpy(dtype=int)
+    norm_less_direction = _effects(normed, "ordinary_norm") - turned.sel(edit="ordinary_direction").to_numpy()
+    norm_less_direction[alone] = np.nan  # there is no ordinary token whose norm or direction these were
     values = {
         "necessary": less["same range"],
         "specific layer": less["wrong layer"],
@@ -354,8 +357,7 @@ def _measure_all(
         "alignment matters": (turned.sel(edit="remove_direction") - turned.sel(edit="keep_direction")).to_numpy(),
         "dose": _within(dosed, "log_odds"),
         "norm alone": _less(normed, "ordinary_norm")["same range"],
-        "norm more than direction": _effects(normed, "ordinary_norm")
-        - turned.sel(edit="ordinary_direction").to_numpy(),
+        "norm more than direction": norm_less_direction,
         "lifetime": _within(dosed, "lifetime"),
         "recovers": _recovery(model, tokens, treated, matches, layer, options),
         "weakens": _within(dosed, "primary_log_odds"),

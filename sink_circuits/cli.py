@@ -295,47 +295,17 @@ class Ablate:
     output: Output = field(default_factory=Output)
 
     def run(self) -> None:
-        if self.n_random < 0:
-            raise InputError(f"n_random = {self.n_random}: at least 0; 20 allow p <= 0.05.")
-        beside = None
-        if self.output.out is not None and self.n_random and not self.together:
-            beside = self.output.out.with_name(f"{self.output.out.stem}.controls.safetensors")
-            _free(beside, self.output.overwrite)
+        _check_beside(self)
 
         def experiment(model, tokens, sinks, found, **options):
-            from sink_circuits import controls, experiments
+            from sink_circuits import experiments
 
+            mean = {"found": found} if self.method == "mean" else {}
             effect = experiments.ablate(
-                model, tokens, sinks, intervention=self.method, together=self.together, loss=self.loss, **_layers(self.layers), **options
+                model, tokens, sinks, intervention=self.method, together=self.together, loss=self.loss, **_layers(self.layers), **mean,
+                **options,
             )  # fmt: skip
-            if not self.n_random or self.together:
-                print(
-                    "No controls were run: "
-                    + ("all sinks of a prompt were edited at once." if self.together else "n_random is 0.")
-                )
-                return effect
-            layers = _layers(self.layers) | (
-                {} if self.layers else {"forming": effect.data["first_layer"].to_series().droplevel("edit")}
-            )
-            controlled = controls.with_controls(
-                model, tokens, sinks, intervention=self.method, found=found, n_random=self.n_random, **layers, **options
-            )  # fmt: skip
-            print("\nAgainst controls, in log-odds over the lifetime (difference: effect less the control's):")
-            shown = [
-                "control",
-                "effect",
-                "control_effect",
-                "difference",
-                "low",
-                "high",
-                "p",
-                "n_prompts",
-                "n_unmatched",
-                "rank",
-            ]
-            print(_table(controlled.compare()[shown]) + "\n")
-            if beside is not None:
-                controlled.save(beside, overwrite=self.output.overwrite)
+            _with_controls(self, effect, model, tokens, sinks, intervention=self.method, found=found, **options)
             return effect
 
         _experiment(self, experiment)
@@ -356,6 +326,8 @@ class Dose:
     """One layer or a joint set; each sink's own forming layer (found by a layer map) when none are named."""
     factors: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Factors, finite and at least 0; 1 is the unedited model."""
+    n_random: int = 4
+    """Controls run beside every factor: other tokens, another layer, attention's output, and so many random perturbations; 0 for none."""
     together: bool = False
     """Edit all sinks of a prompt in one run, instead of one sink per run."""
     loss: bool = False
@@ -369,13 +341,18 @@ class Dose:
             check_factor(factor)
         if not self.factors or len(set(self.factors)) < len(self.factors):
             raise InputError(f"factors {' '.join(map(str, self.factors))}: give each once, and at least one.")
+        _check_beside(self)
 
         def experiment(model, tokens, sinks, found, **options):
             from sink_circuits import experiments
 
-            return experiments.dose_response(
+            effect = experiments.dose_response(
                 model, tokens, sinks, factors=self.factors, together=self.together, loss=self.loss, **_layers(self.layers), **options
             )  # fmt: skip
+            _with_controls(
+                self, effect, model, tokens, sinks, intervention="rescale", factors=self.factors, found=found, **options
+            )
+            return effect
 
         _experiment(self, experiment)
 
@@ -625,6 +602,42 @@ def _experiment(command, experiment):
 
         figures.save_figure(effect.plot("log_odds"), output.figure, overwrite=output.overwrite)
     return effect
+
+
+def _beside(command) -> Path | None:
+    """Where the controls of an experiment go: beside its own file."""
+    out = command.output.out
+    if out is None or not command.n_random or command.together:
+        return None
+    return out.with_name(f"{out.stem}.controls.safetensors")
+
+
+def _check_beside(command) -> None:
+    if command.n_random < 0:
+        raise InputError(f"n_random = {command.n_random}: at least 0; 20 allow p <= 0.05.")
+    if (beside := _beside(command)) is not None:
+        _free(beside, command.output.overwrite)
+
+
+def _with_controls(command, effect, model, tokens, sinks, **options) -> None:
+    """The same experiment at its controls: a table, and a file beside the experiment's own."""
+    if not command.n_random or command.together:
+        print(
+            "No controls were run: "
+            + ("all sinks of a prompt were edited at once." if command.together else "n_random is 0.")
+        )
+        return
+    from sink_circuits import controls
+
+    layers = _layers(command.layers)
+    if not command.layers:
+        layers["forming"] = effect.data["first_layer"].isel(edit=0).to_series()
+    controlled = controls.with_controls(model, tokens, sinks, n_random=command.n_random, **layers, **options)
+    print("\nAgainst controls, in log-odds over the lifetime (difference: effect less the control's):")
+    table = controlled.compare().drop(columns=["smallest_p", "n_sinks"])
+    print(_table(table if table["edit"].nunique() > 1 else table.drop(columns="edit")) + "\n")
+    if (beside := _beside(command)) is not None:
+        controlled.save(beside, overwrite=command.output.overwrite)
 
 
 def _layers(layers: tuple[int, ...]) -> dict:

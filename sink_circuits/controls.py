@@ -7,7 +7,6 @@ differences to controls are taken in log-odds; the unit is the prompt (`statisti
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,21 +22,26 @@ from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.experiments import (
+    FACTORS,
+    REMOVALS,
     Effect,
     _check_options,
     _check_sinks,
     _name,
+    _prepare,
     _several,
     as_edits,
+    check_doses,
+    check_handed_on,
     check_labels,
-    mean_contributions,
+    dosed,
     measure,
-    resolve_layers,
+    removal,
 )
-from sink_circuits.interventions import Contribution, Edit, custom, random_perturbation, replace, zero
+from sink_circuits.interventions import Contribution, Edit, random_perturbation, zero
 from sink_circuits.models import adapt, backend_of, load_model
 from sink_circuits.outcomes import in_order
-from sink_circuits.prompts import Tokens, as_tokens
+from sink_circuits.prompts import Tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import run_clean
 from sink_circuits.scores import MIN_QUERIES
@@ -250,52 +254,50 @@ def _matched(row, ids, free, ratio) -> dict[str, tuple[int, str]]:
 
 
 def with_controls(
-    model, tokens, sinks: Sinks, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
-    intervention: str | Callable[[Contribution], Contribution] | Mapping[str, Intervention] = "zero", found: Sinks | None = None,
-    controls: Sequence[str] = CONTROLS, n_random: int = N_RANDOM, also_forming: Sequence[int] = (), random_model=None,
-    verbose: bool = True, **options,
+    model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
+    intervention: str | Callable | Mapping[str, Intervention] = "zero", factors: Sequence[float] | None = None,
+    found: Sinks | None = None, controls: Sequence[str] = CONTROLS, n_random: int = N_RANDOM, also_forming: Sequence[int] = (),
+    random_model=None, verbose: bool = True, **options,
 ) -> Controlled:  # fmt: skip
     """An experiment at the sinks and beside it the same one at every control (METHOD, "Controls").
 
-    `intervention`: "zero", "mean" or a function of the contribution, as in `ablate`, or several, {label: function of (layer, row
-    of the sink table) that gives an Edit}. `layer`, `layers`, `forming` as in `ablate`.
+    `intervention`: "zero", "mean" or a function of the contribution, as in `ablate`; "rescale", or with `factors` a family of your own, a
+    function of (contribution, dose), as in `dose_response`, whose factors are the labels; or several, {label: function of (layer,
+    row of the sink table) that gives an Edit}. `layer`, `layers`, `forming` as in `ablate`.
     Position controls (`match_positions`): the same edit at a token that is no sink. "wrong layer": at the sink, as many
     other layers, drawn by name from those up to l_end that form no sink: neither those in `forming` of any sink of the prompt
-    nor `also_forming` (a forming set). "attention output": what attention wrote at the sink is taken
-    from the residual stream in the MLP's place. "random model": the same edit in `random_model` (`randomly_initialised`),
-    where given. Random perturbations: `n_random` changes of the same norm in directions drawn by name. `controls`: which of
-    `CONTROLS` are run; the others stay NaN. `found`: all sinks of these prompts, none of which may be a control (looked for when
-    None). Other options as in `measure`. Raises InputError.
+    nor `also_forming` (a forming set). "attention output": the same function of what attention wrote at the sink, in the MLP's
+    place (its removal where the intervention is "mean", which is of MLPs). "random model": the same edit in `random_model`, where
+    given (True: `randomly_initialised(model)`). Random perturbations: `n_random` changes of the same norm in directions drawn by
+    name. `controls`: which of `CONTROLS` are run; the others stay NaN. `found`: all sinks of these prompts, none of which may be a
+    control (looked for when None). Other options as in `measure`. Raises InputError.
     """
     for name in arguments.several(controls, "controls", empty=True):
         arguments.one_of(name, "control", CONTROLS, "there are {}")
     if not arguments.is_whole(n_random) or not 0 <= n_random <= arguments.MOST:
         raise InputError(f"n_random = {arguments.shown(n_random)}: a whole number, at least 0; 20 allow p <= 0.05.")
-    if unknown := sorted(set(options) - set(inspect.signature(measure).parameters)):
-        raise InputError(f"option {unknown[0]!r} is unknown: see measure() for those that there are.")
+    check_handed_on(options)
     n_random = int(n_random)
-    _check_options(adapt(model), verbose=verbose, **{name: value for name, value in options.items() if name != "what"})
+    _check_options(adapt(model), verbose=verbose, **options)
     if options.get("together") or options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError(
             "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
         )
-    if not isinstance(intervention, Mapping):
-        _name(intervention, "intervention", ("zero", "mean"))
-    adapt(model)
-    tokens = as_tokens(model, tokens)
-    table = _check_sinks(sinks, tokens)
+    doses = _doses(intervention, factors)
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
-    if random_model is not None:
+    if random_model is not None and random_model is not True:
         adapt(random_model)
+    all_treated, joint = sinks is None, None if layers is None else _several(layers)
+    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, joint, forming, {**options, "verbose": verbose})
+    found = sinks if found is None and all_treated else found
+    table = _check_sinks(sinks, tokens)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    layers_of = resolve_layers(model, layer, None if layers is None else _several(layers), forming)
-    if forming is not None and len(forming) != len(table):
-        raise InputError(f"forming holds {len(forming)} layers for {len(table)} sinks: map the sinks that are treated.")
     own_layers = [layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
-    interventions = _by_label(model, tokens, treated, intervention, path)
+    random_model = randomly_initialised(model) if random_model is True else random_model
+    interventions = _by_label(model, tokens, treated, intervention, doses, found, path)
     labels = list(interventions)
     shared = {**options, "verbose": verbose}
 
@@ -333,7 +335,7 @@ def with_controls(
                 of,
             )
     if "wrong layer" in controls:
-        known = _forming_by_prompt(table, layer, forming)
+        known = _forming_by_prompt(table, own_layers) if isinstance(layer, str) else {}
         barred = [{*own, *also_forming, *known.get(p, ())} for own, p in zip(own_layers, table["prompt"], strict=True)]
         wrong, reasons = _wrong_layers(table, own_layers, barred, adapt(model).n_layers)
         matches.append(_layer_matches("wrong layer", wrong, reasons))
@@ -342,21 +344,19 @@ def with_controls(
             elsewhere = measure(model, tokens, at, labels, edits_at(wrong, of), what="wrong layer", **shared)
             note("control", "wrong layer", elsewhere, of)
     if "attention output" in controls:
-        written = _attention_writes(model, tokens, table, own_layers, path)
+        own_edits = edits_at(own_layers)
+        cells = [[own_edits(label, row) for label in labels] for _, row in table.iterrows()]
+        written = _attention_writes(model, tokens, table, cells, path)
 
-        def without_attention(label, row: pd.Series) -> tuple[Edit, ...]:
-            index, position = cast(int, row.name), int(row["pos"])
-            return tuple(
-                custom(layer, position, partial(_take_away, written[index][layer]), "without attention")
-                for layer in own_layers[index]
-            )
+        def of_attention(label, row: pd.Series) -> tuple[Edit, ...]:
+            index = cast(int, row.name)
+            edits = cells[index][labels.index(label)]
+            made = [zero(edit.layer, edit.positions) if intervention == "mean" else edit for edit in edits]
+            return tuple(_instead(edit, written[index][edit.layer, edit.positions]) for edit in made)
 
-        instead = measure(model, tokens, treated, ["attention"], without_attention, what="attention output", **shared)
+        instead = measure(model, tokens, treated, labels, of_attention, what="attention output", **shared)
         matches.append(_layer_matches("attention output", own_layers, [""] * len(table)))
-        for label in labels:  # whatever the intervention, in attention's place it is a removal
-            for outcome, arrays in values.items():
-                removal = instead.over_lifetime(outcome).sel(edit="attention").to_numpy()
-                arrays["control"].loc[{"control": "attention output", "edit": label}] = removal
+        note("control", "attention output", instead, range(len(table)))
     if random_model is not None:
         at_random = {**shared, "path": "auto"}
         untrained = measure(
@@ -382,19 +382,38 @@ def with_controls(
     return Controlled(xr.Dataset(data, coords=coords), table, matched, manifest, effect)
 
 
-def _by_label(model, tokens: Tokens, sinks: Sinks, intervention, path: str) -> dict[str, Intervention]:
+def _doses(intervention, factors: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The factors of a family of interventions, None for one that has none. Raises InputError for what does not go together."""
+    if isinstance(intervention, str) and intervention == "rescale":
+        return check_doses(intervention, FACTORS if factors is None else factors)
+    if not isinstance(intervention, Mapping):
+        _name(intervention, "intervention", (*REMOVALS, "rescale"))
+    if factors is None:
+        return None
+    if not callable(intervention):
+        raise InputError(
+            "factors were given and would not be used: pass intervention='rescale' or a family of your own."
+        )
+    return check_doses(intervention, factors)
+
+
+def _by_label(
+    model, tokens: Tokens, sinks: Sinks, intervention, doses: Sequence[float] | None, found: Sinks, path: str
+) -> dict[Any, Intervention]:
     """What `with_controls` is given as `intervention`, as label -> (layer, row of the sink table) -> Edit."""
     if isinstance(intervention, Mapping):
         for label in check_labels(list(intervention)):
             arguments.function(intervention[label], f"intervention {label!r}", "(layer, row of the sink table)")
         return dict(intervention)
-    if not isinstance(intervention, str):
-        name = _name(intervention, "intervention", ())
-        return {name: lambda layer, sink: custom(layer, int(sink["pos"]), intervention, name)}
-    if intervention == "zero":
-        return {"zero": zero_sink}
-    donors = mean_contributions(model, tokens, sinks, path=path)
-    return {"mean": lambda layer, sink: replace(layer, int(sink["pos"]), donors[layer], "mean")}
+    if doses is not None:
+        name = _name(intervention, "intervention", ("rescale",))
+        return {dose: partial(_dosed_at, intervention, dose, name) for dose in doses}
+    name = _name(intervention, "intervention", REMOVALS)
+    return {name: removal(model, tokens, sinks, intervention, found, {"path": path})}
+
+
+def _dosed_at(intervention, dose: float, name: str, layer: int, sink: pd.Series) -> Edit:
+    return dosed(intervention, layer, int(sink["pos"]), dose, name)
 
 
 def randomly_initialised(model, name: str = "random model"):
@@ -442,16 +461,24 @@ def _moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[
     return Sinks(table.assign(token_id=ids), sinks.prompts, sinks.manifest)
 
 
-def _take_away(written: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
-    return contribution - written.to(contribution)
+def _instead(edit: Edit, written: torch.Tensor) -> Edit:
+    """`edit` made of what attention wrote there, the contribution left as it is; one that changes nothing stays one."""
+    if edit.changes_nothing:
+        return edit
+
+    def function(contribution: Contribution) -> Contribution:
+        own = written.to(contribution)
+        return contribution + (edit.apply(own) - own)
+
+    return Edit(edit.layer, edit.positions, function, f"{edit.name} of attention")
 
 
-def _forming_by_prompt(table: pd.DataFrame, layer, forming: pd.Series | None) -> dict[Any, set[int]]:
-    """The forming layers of all sinks of each prompt, where each sink has its own."""
-    if layer != "forming" or forming is None:
-        return {}
-    own = pd.Series(forming.to_numpy(), index=table["prompt"].to_numpy())
-    return {prompt: set(layers) for prompt, layers in own.groupby(level=0)}
+def _forming_by_prompt(table: pd.DataFrame, own_layers: Sequence[Sequence[int]]) -> dict[Any, set[int]]:
+    """The forming layers of all sinks of each prompt."""
+    known: dict[Any, set[int]] = {}
+    for prompt, own in zip(table["prompt"], own_layers, strict=True):
+        known.setdefault(prompt, set()).update(own)
+    return known
 
 
 def _wrong_layers(
@@ -480,9 +507,11 @@ def _layer_matches(control: str, layers: Sequence[Sequence[int]], reasons: Seque
 
 
 @torch.no_grad()
-def _attention_writes(model, tokens, table, own_layers, path: str) -> list[dict[int, torch.Tensor]]:
-    """What attention adds to the residual stream at every sink, by layer: base less resid_pre."""
-    writes: list[dict[int, torch.Tensor]] = [{} for _ in range(len(table))]
+def _attention_writes(
+    model, tokens, table, cells: Sequence[Sequence[Sequence[Edit]]], path: str
+) -> list[dict[tuple[int, tuple[int, ...]], torch.Tensor]]:
+    """What attention adds to the residual stream where each sink's edits stand, by (layer, positions): base less resid_pre."""
+    writes: list[dict[tuple[int, tuple[int, ...]], torch.Tensor]] = [{} for _ in range(len(table))]
     for name, ids in zip(tokens.names, tokens.ids, strict=True):
         rows = np.flatnonzero(table["prompt"] == name)
         if not len(rows):
@@ -492,10 +521,10 @@ def _attention_writes(model, tokens, table, own_layers, path: str) -> list[dict[
         hook = [("blocks.0.hook_resid_pre", lambda value, hook, first=first: first.append(value[0].detach().clone()))]
         adapt(model).model.run_with_hooks(ids[None], fwd_hooks=hook, stop_at_layer=1)
         for index in rows:
-            pos = int(table["pos"].iloc[index])
-            for layer in own_layers[index]:
-                before = clean.resid_post(layer - 1)[pos] if layer else first[0][pos]
-                writes[index][layer] = clean.base[layer, pos] - before
+            for edit in (edit for edits in cells[int(index)] for edit in edits):
+                at, layer = list(edit.positions), edit.layer
+                before = (clean.resid_post(layer - 1) if layer else first[0])[at]
+                writes[index][layer, edit.positions] = clean.base[layer, at] - before
     return writes
 
 

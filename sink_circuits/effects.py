@@ -109,6 +109,43 @@ class Effect:
                 )  # fmt: skip
         return pd.DataFrame(rows)
 
+    def tests(self, outcome: str = "log_odds", *, alternative: str = "two-sided") -> pd.DataFrame:
+        """Is the effect over the lifetime 0? One row per edit (of a layer map: per layer), by sign flips over prompts.
+
+        Columns: edit, outcome, effect (mean over prompts), p (`sign_flip_test`), p_max_t (`max_t`: for all edits together, the
+        family-wise error; for maps), p_bh (Benjamini-Hochberg of p: the false discovery rate; for maps that are searched), p_holm (Holm of
+        p: for edits declared beforehand), smallest_p (no p of these data can be smaller), n_prompts, n_sinks. Raises InputError.
+        """
+        values = self.over_lifetime(outcome).transpose("sink", "edit").to_numpy()
+        by_prompt = statistics.prompt_table(values, self.table["prompt"])
+        names = [f"{self.kind}/{outcome}/{edit}" for edit in self.data["edit"].values]
+        single = [
+            statistics.sign_flip_test(column, range(len(column)), alternative=alternative, name=name)
+            for column, name in zip(by_prompt.T, names, strict=True)
+        ]
+        family = statistics.max_t(by_prompt, alternative=alternative, name=f"{self.kind}/{outcome}")
+        p = [test.p for test in single]
+        return pd.DataFrame(
+            {
+                "edit": self.data["edit"].values, "outcome": outcome, "effect": [test.statistic for test in single], "p": p,
+                "p_max_t": family.p, "p_bh": statistics.benjamini_hochberg(p), "p_holm": statistics.holm(p),
+                "smallest_p": [test.smallest_p for test in single], "n_prompts": [test.n for test in single],
+                "n_sinks": np.isfinite(values).sum(axis=0),
+            }
+        )  # fmt: skip
+
+    def trend(self, outcome: str = "log_odds", *, alternative: str = "greater") -> statistics.TestResult:
+        """Does the outcome over the lifetime rise with the dose, the axis `edit`? `statistics.trend_test` over prompts.
+
+        Raises InputError where the edits are no numbers, as those of a layer map are none, or fewer than 3.
+        """
+        doses = self.data["edit"].values
+        if self.kind == "layer_map" or not np.issubdtype(doses.dtype, np.number):
+            raise InputError(f"a trend needs doses, this is a {self.kind}: use dose_response(...).trend().")
+        values = self.over_lifetime(outcome, "edited").transpose("sink", "edit").to_numpy()
+        name = f"{self.kind}/{outcome}/trend"
+        return statistics.trend_test(doses, values, self.table["prompt"], alternative=alternative, name=name)
+
     def forming(self, max_layer_of: str = "l_end") -> pd.Series:
         """Each sink's forming layer: the edit (a layer) that lowers its log-odds most over its lifetime, up to l_end.
 

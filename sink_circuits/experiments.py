@@ -37,6 +37,8 @@ from sink_circuits.runs import CleanRun, EditedRun, first_edit, resolve_path, ru
 from sink_circuits.scores import MIN_QUERIES, check_min_queries
 
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+REMOVALS = ("zero", "mean")
+"""Interventions that experiments know by name, beside functions of the contribution."""
 
 Dosed = Callable[[Contribution, float], Contribution]
 """A family of interventions of a user's own: (contribution [pos, d_model], dose) -> the same shape."""
@@ -369,10 +371,16 @@ def _check_layers(layers, n_layers: int) -> None:
             raise InputError(f"layer {shown(one)} is out of range: {there}.")
 
 
+def check_handed_on(options: Mapping) -> None:
+    """Raises InputError for what is no option of `measure`, or one that experiments give it themselves."""
+    own = {"model", "tokens", "sinks", "labels", "edits_of", "what", "settings"}
+    if unknown := sorted(set(options) - (set(inspect.signature(measure).parameters) - own)):
+        raise InputError(f"option {unknown[0]!r} is unknown: see measure() for those that there are.")
+
+
 def _prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping):
     """Check all arguments before anything is run, then find what was not given: (tokens, sinks, layers of each sink)."""
-    if unknown := set(options) - set(inspect.signature(measure).parameters):
-        raise InputError(f"option {sorted(unknown)[0]!r} is unknown: see measure() for those that there are.")
+    check_handed_on(options)
     waits = isinstance(layer, str) and layer == "forming" and layers is None and forming is None
     adapter = adapt(model)
     layers_of = None if waits else resolve_layers(model, layer, layers, forming)
@@ -408,21 +416,22 @@ def _check_late_sinks(table: pd.DataFrame, tokens: Tokens, min_queries: int) -> 
 
 def layer_map(
     model, tokens, sinks: Sinks | None = None, *, intervention: str | Callable[[Contribution], Contribution] = "zero",
-    layers: Sequence[int] | None = None, **options,
+    layers: Sequence[int] | None = None, found: Sinks | None = None, **options,
 ) -> Effect:  # fmt: skip
     """One intervention tried at every layer (or `layers`), one layer and one sink per run: which MLPs form the sinks?
 
-    `intervention`: "zero" or a function of the contribution [pos, d_model]. The axis `edit` is the edited layer. For the
-    other options see `measure`. Raises InputError.
+    `intervention` and `found` as in `ablate`. The axis `edit` is the edited layer. For the other options see `measure`.
+    Raises InputError.
     """
-    name = _name(intervention, "intervention", ("zero",))
+    name = _name(intervention, "intervention", REMOVALS)
     layers = tuple(range(adapt(model).n_layers)) if layers is None else _several(layers)
+    check_found(found, intervention)
+    given = sinks
     _, sinks, _ = _prepare(model, tokens, sinks, None, layers, None, options)
+    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
 
     def edits(label: int, row: pd.Series) -> tuple[Edit, ...]:
-        if isinstance(intervention, str):
-            return (zero(label, int(row.pos)),)
-        return (custom(label, int(row.pos), intervention, name),)
+        return (made(label, row),)
 
     return measure(
         model,
@@ -438,27 +447,25 @@ def layer_map(
 
 def ablate(
     model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None,
-    intervention: str | Callable[[Contribution], Contribution] = "zero", forming: pd.Series | None = None, **options,
+    intervention: str | Callable[[Contribution], Contribution] = "zero", forming: pd.Series | None = None,
+    found: Sinks | None = None, **options,
 ) -> Effect:  # fmt: skip
     """Take the contribution of one MLP, or of a joint set, away at each sink.
 
     `intervention`: "zero"; "mean", the mean contribution of that MLP over all ordinary tokens of these prompts; or a function
     of the contribution [pos, d_model]. `layer`: a number or "forming" (each sink's own; found by a layer map unless
-    `forming` is given); `layers`: a joint set. The axis `edit` has one label, its name. For the other options
-    see `measure`. Raises InputError.
+    `forming` is given); `layers`: a joint set. `found`, for "mean": all sinks of these prompts, none of which is an ordinary
+    token (looked for when None). The axis `edit` has one label, its name. For the other options see `measure`. Raises InputError.
     """
-    name = _name(intervention, "intervention", ("zero", "mean"))
+    name = _name(intervention, "intervention", REMOVALS)
     layers = None if layers is None else _several(layers)
+    check_found(found, intervention)
+    given = sinks
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
-    shared = {name: options[name] for name in ("clean_cache", "path", "attention_mask") if name in options}
-    donors = mean_contributions(model, tokens, sinks, **shared) if intervention == "mean" else None
+    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
 
     def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
-        if not isinstance(intervention, str):
-            return tuple(custom(one, int(row.pos), intervention, name) for one in layers_of(row))
-        if donors is None:
-            return tuple(zero(one, int(row.pos)) for one in layers_of(row))
-        return tuple(replace(one, int(row.pos), donors[one], "mean") for one in layers_of(row))
+        return tuple(made(one, row) for one in layers_of(row))
 
     return measure(
         model,
@@ -483,9 +490,7 @@ def dose_response(
     Raises InputError for a NaN or infinite factor, one given twice, or a negative one of a rescaling.
     """
     name = _name(intervention, "intervention", ("rescale",))
-    factors = [check_factor(factor) if isinstance(intervention, str) else _dose(factor) for factor in _several(factors)]
-    if not factors or len(set(factors)) < len(factors):
-        raise InputError(f"factors {factors}: give each once, and at least one.")
+    factors = check_doses(intervention, factors)
     layers = None if layers is None else _several(layers)
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
 
@@ -496,11 +501,50 @@ def dose_response(
     return measure(model, tokens, sinks, factors, edits, what="dose_response", settings=settings, **options)
 
 
+def check_doses(intervention: str | Dosed, factors: Sequence[float]) -> tuple[float, ...]:
+    """Raises InputError for no factors, one given twice, or one that "rescale" or a family of a user's own cannot take."""
+    doses = [check_factor(factor) if isinstance(intervention, str) else _dose(factor) for factor in _several(factors)]
+    if not doses or len(set(doses)) < len(doses):
+        raise InputError(f"factors {doses}: give each once, and at least one.")
+    return tuple(doses)
+
+
 def dosed(intervention: str | Dosed, layer: int, pos: int, dose: float, name: str | None = None) -> Edit:
     """One dose of "rescale", or of a family of a user's own."""
     if isinstance(intervention, str):
         return rescale(layer, pos, dose)
     return custom(layer, pos, lambda contribution: intervention(contribution, dose), name, dose)
+
+
+def check_found(found: Sinks | None, intervention) -> None:
+    """Raises InputError for what is no table of sinks, and for one that would not be used."""
+    if found is None:
+        return
+    arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
+    if not isinstance(intervention, str) or intervention != "mean":
+        raise InputError(
+            "found was given and would not be used: it says over which tokens intervention='mean' is taken."
+        )
+
+
+def removal(
+    model, tokens, sinks: Sinks, intervention: str | Callable[[Contribution], Contribution], found: Sinks | None, options: Mapping
+) -> Callable[[int, pd.Series], Edit]:  # fmt: skip
+    """(layer, row of the sink table) -> one of `REMOVALS`, or a function of the contribution, at that sink.
+
+    `found`: all sinks of these prompts, which a mean must not hold (looked for when None).
+    """
+    if not isinstance(intervention, str):
+        name = _name(intervention, "intervention", ())
+        return lambda layer, row: custom(layer, int(row["pos"]), intervention, name)
+    if intervention == "zero":
+        return lambda layer, row: zero(layer, int(row["pos"]))
+    shared = {name: options[name] for name in ("clean_cache", "path", "attention_mask") if name in options}
+    if found is None:
+        found = find_sinks(model, tokens, verbose=options.get("verbose", True), **shared)
+    known = Sinks(pd.concat([sinks.table, found.table], ignore_index=True), sinks.prompts, sinks.manifest)
+    donors = mean_contributions(model, tokens, known, **shared)
+    return lambda layer, row: replace(layer, int(row["pos"]), donors[layer], "mean")
 
 
 def _name(intervention, what: str, known: tuple[str, ...]) -> str:
@@ -520,7 +564,8 @@ def _dose(dose) -> float:
 def mean_contributions(
     model, tokens, sinks: Sinks, *, skip_first: int = 4, attention_mask=None, clean_cache=None, path: str = "auto"
 ) -> Float[Tensor, "layer d_model"]:  # fmt: skip
-    """Mean contribution of every MLP over the ordinary tokens of these prompts: neither sinks nor the first `skip_first`."""
+    """Mean contribution of every MLP over the ordinary tokens of these prompts: neither `sinks`, all there are, nor the first
+    `skip_first`."""
     tokens = as_tokens(model, tokens, attention_mask)
     total, count = None, 0
     for row, (name, ids) in enumerate(zip(tokens.names, tokens.ids, strict=True)):

@@ -19,6 +19,7 @@ from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import ResultError
 from sink_circuits.experiments import (
+    REMOVALS,
     EditsOf,
     _changes_nothing,
     _check_options,
@@ -31,11 +32,12 @@ from sink_circuits.experiments import (
     check_labels,
     check_parts,
     plan_of,
+    removal,
 )
 from sink_circuits.groups import KeyGroups
-from sink_circuits.interventions import Contribution
+from sink_circuits.interventions import Contribution, Edit
 from sink_circuits.models import Adapter, adapt
-from sink_circuits.paths import check_options, edits_at
+from sink_circuits.paths import check_options
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.runs import first_edit, run_clean, run_edited
@@ -157,19 +159,24 @@ def mass_account(
 ) -> MassAccount:  # fmt: skip
     """Where the attention goes when an intervention is made on one MLP, or a joint set, at each sink.
 
-    `intervention`: "zero" or a function of the contribution [pos, d_model]. `layer`, `layers`, `forming` as in `ablate`.
-    `found`: all sinks that are to count as such, where `sinks` are only those to treat. The axis `edit` has one label,
-    the intervention's name. Options (`paths.OPTIONS`) as in `measure`. Raises InputError.
+    `intervention`, `layer`, `layers`, `forming` as in `ablate`. `found`: all sinks that are to count as such, where `sinks` are only
+    those to treat (for "mean" looked for when None, the groups still being of those given). The axis `edit` has one label, the
+    intervention's name. Options (`paths.OPTIONS`) as in `measure`. Raises InputError.
     """
-    name = _name(intervention, "intervention", ("zero",))
+    name = _name(intervention, "intervention", REMOVALS)
     check_options(options)
     layers = None if layers is None else _several(layers)
+    if found is not None:
+        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
+    given = sinks
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
     settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
-    edits_of = edits_at(intervention, name, layers_of)
-    return measure_mass(
-        model, tokens, sinks, [name], lambda label, row: edits_of(row), found=found, settings=settings, **options
-    )
+    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
+
+    def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
+        return tuple(made(one, row) for one in layers_of(row))
+
+    return measure_mass(model, tokens, sinks, [name], edits, found=found, settings=settings, **options)
 
 
 def measure_mass(

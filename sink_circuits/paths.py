@@ -32,9 +32,20 @@ from tqdm.auto import tqdm
 from sink_circuits import arguments, statistics
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import _check_options, _name, _prepare, _rows_per_batch, _several, as_parts, measure
+from sink_circuits.experiments import (
+    REMOVALS,
+    _check_options,
+    _name,
+    _prepare,
+    _rows_per_batch,
+    _several,
+    as_parts,
+    check_found,
+    measure,
+    removal,
+)
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
-from sink_circuits.interventions import Contribution, Edit, custom, zero
+from sink_circuits.interventions import Contribution, Edit
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
@@ -205,21 +216,27 @@ class PathEffect:
 
 def path_effects(
     model, tokens, sinks: Sinks | None = None, *, layer=None, layers: Sequence[int] | None = None, forming: pd.Series | None = None,
-    intervention: str | Callable[[Contribution], Contribution] = "zero", holds: Sequence[Hold] = HOLDS, norm_scales: str = "auto",
-    **options,
+    intervention: str | Callable[[Contribution], Contribution] = "zero", found: Sinks | None = None, holds: Sequence[Hold] = HOLDS,
+    norm_scales: str = "auto", **options,
 ) -> PathEffect:  # fmt: skip
     """By which paths an intervention on one MLP, or a joint set, reaches the sinks' later scores.
 
-    `intervention`: "zero" or a function of the contribution [pos, d_model]. `layer`, `layers`, `forming` as in `ablate`;
-    `holds`: what is held clean, one run each. Options (`OPTIONS`) as in `measure`, and `norm_scales` as in `measure_paths`. Takes one
-    row for the total and 6 + len(holds) for the others. Raises InputError, also for a hold that reaches nothing.
+    `intervention`, `layer`, `layers`, `forming`, `found` as in `ablate`; `holds`: what is held clean, one run each. Options
+    (`OPTIONS`) as in `measure`, and `norm_scales` as in `measure_paths`. Takes one row for the total and 6 + len(holds) for the
+    others. Raises InputError, also for a hold that reaches nothing.
     """
-    name = _name(intervention, "intervention", ("zero",))
+    name = _name(intervention, "intervention", REMOVALS)
     check_options(options)
     layers = None if layers is None else _several(layers)
+    check_found(found, intervention)
+    given = sinks
     _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
     settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
-    edits_of = edits_at(intervention, name, layers_of)
+    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
+
+    def edits_of(row: pd.Series) -> tuple[Edit, ...]:
+        return tuple(made(one, row) for one in layers_of(row))
+
     return measure_paths(
         model, tokens, sinks, edits_of, holds=holds, norm_scales=norm_scales, settings=settings, **options
     )
@@ -233,19 +250,6 @@ def check_options(options: Mapping) -> None:
     """Raises InputError for an option that is none of `OPTIONS`."""
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise InputError(f"option {unknown[0]!r} is unknown here: there are {', '.join(OPTIONS)}.")
-
-
-def edits_at(
-    intervention: str | Callable[[Contribution], Contribution], name: str, layers_of: Callable[[pd.Series], Sequence[int]]
-) -> Callable[[pd.Series], tuple[Edit, ...]]:  # fmt: skip
-    """Row of the sink table -> "zero", or a function of the contribution, in that sink's layers."""
-
-    def edits_of(row: pd.Series) -> tuple[Edit, ...]:
-        if isinstance(intervention, str):
-            return tuple(zero(one, int(row.pos)) for one in layers_of(row))
-        return tuple(custom(one, int(row.pos), intervention, name) for one in layers_of(row))
-
-    return edits_of
 
 
 def measure_paths(

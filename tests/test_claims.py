@@ -85,6 +85,14 @@ def test_a_declared_set_names_its_layer():
             claims.test_claims(model, texts(), verbose=False, **options)
 
 
+def test_a_sink_without_an_ordinary_token_near_it_is_compared_with_none(monkeypatch):
+    monkeypatch.setattr("sink_circuits.controls.REACH", 0)
+    table = claims.test_claims(lens("bridge", "stand_in"), texts()[:2], layer=6, n_random=1, verbose=False).table
+    counts = table.set_index("hypothesis")["n_sinks"]
+    assert counts[["necessary", "norm alone", "norm more than direction", "recovers"]].tolist() == [0] * 4
+    assert counts["dose"] == 2
+
+
 @pytest.mark.slow
 def test_a_random_model_at_the_same_positions_supports_nothing():
     model = lens("bridge", "stand_in")

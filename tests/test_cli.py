@@ -94,7 +94,14 @@ def test_map_ablate_and_dose(model, tmp_path, capsys):
     assert main(["dose", folder, *one, "--layers", "6", "7", "--factors", "0", "1", "--out", str(long)]) == 0
     frame = pd.read_csv(long)
     assert frame[frame.edit == 1].effect.abs().max() == 0
-    assert "log_odds" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "log_odds" in told and told.count("random perturbation") == 3, (
+        "once for ablate, once for each of two factors"
+    )
+    beside = Controlled.load(tmp_path / "dose.controls.safetensors")
+    assert beside.data["edit"].values.tolist() == [0, 1] and beside.data.sizes["draw"] == 4
+    assert main(["dose", folder, *one, "--layers", "6", "--factors", "0", "--n-random", "0"]) == 0
+    assert "No controls were run: n_random is 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -238,6 +245,7 @@ def refused(arguments, sentence, capsys):
         (["map", "--layers", "-1"], "layer -1 is out of range.*from 0"),
         (["ablate", "--layers", "3", "3"], "layers 3 3.*name each layer once"),
         (["dose", "--layers", "2", "-2"], "layer -2 is out of range"),
+        (["dose", "--layers", "6", "--n-random", "-1"], "n_random = -1: at least 0"),
         (["dose", "--factors", "-1"], r"factor -1\.0 is not allowed"),
         (["dose", "--factors", "nan"], "factor nan is not allowed"),
         (["dose", "--factors", "inf"], "factor inf is not allowed"),

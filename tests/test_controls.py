@@ -136,6 +136,103 @@ def test_one_intervention_may_be_named_or_a_function():
         np.testing.assert_array_equal(own.data["effect_log_odds"], alone.over_lifetime("log_odds"))
 
 
+def test_a_mean_holds_none_of_the_sinks_that_are_known():
+    """Those that are not treated too: what an experiment calls ordinary does not depend on what else is treated."""
+    tokens = sc.Tokens(TEXTS, NAMES)
+    ordinary = [[p for p in range(4, 96) if p not in sinks] for sinks in ((SINK,), (30, 55))]
+    runs = [by_hand(text) for text in TEXTS]
+    donor = torch.cat([run.contributions[6, keep] for run, keep in zip(runs, ordinary, strict=True)]).mean(0)
+    edited = by_hand(TEXTS[1], {(6, 30): lambda c: donor.to(c)})
+    expected = over_life(edited, runs[1], 30, 6, treated().table.iloc[1])
+    one = sc.Sinks(treated().table.iloc[[1]].reset_index(drop=True), treated().prompts, treated().manifest)
+    for effect in (
+        sc.ablate(lens(), tokens, one, layer=6, intervention="mean", verbose=False),
+        sc.ablate(lens(), tokens, one, layer=6, intervention="mean", found=found(), verbose=False),
+        sc.layer_map(lens(), tokens, one, layers=[6], intervention="mean", verbose=False),
+        with_controls(lens(), tokens, one, layer=6, intervention="mean", controls=(), n_random=0, verbose=False).effect,
+        sc.path_effects(
+            lens(), tokens, one, layer=6, intervention="mean", holds=(), norm_scales="recomputed", verbose=False
+        ),
+    ):
+        found_ = effect.over_lifetime("log_odds")
+        value = found_.sel(run="total") if "run" in found_.dims else found_.isel(edit=0)
+        assert value.item() == pytest.approx(expected, abs=1e-4)
+    account = sc.mass_account(lens(), tokens, one, layer=6, intervention="mean", verbose=False)
+    change = account.over_lifetime().sel(group="treated").item()
+    scores = [hand.sink_scores(run.pattern)[7 : one.table["l_end"][0] + 2, :, 30].mean() for run in (edited, runs[1])]
+    assert change == pytest.approx((scores[0] - scores[1]).item(), abs=1e-5)
+    with pytest.raises(InputError, match="found was given and would not be used"):
+        sc.ablate(lens(), tokens, one, layer=6, found=found(), verbose=False)
+
+
+def test_doses_have_their_controls_in_the_same_table():
+    """A dose-response beside its controls; in attention's place what attention wrote is rescaled, once is no change."""
+    options = {"found": found(), "n_random": 2, "verbose": False}
+    tokens, factors = sc.Tokens(TEXTS, NAMES), [0, 0.5, 1]
+    result = with_controls(lens(), tokens, treated(), layers=[6, 7], intervention="rescale", factors=factors, **options)
+    alone = sc.dose_response(lens(), tokens, treated(), layers=[6, 7], factors=factors, verbose=False)
+    assert result.data["edit"].values.tolist() == factors
+    np.testing.assert_array_equal(result.data["effect_log_odds"], alone.over_lifetime("log_odds"))
+    assert (result.data["control_log_odds"].sel(edit=1).fillna(0) == 0).all()
+    assert (result.data["random_log_odds"].sel(edit=1) == 0).all()
+    np.testing.assert_array_equal(
+        result.data["control_log_odds"].sel(edit=0), controlled().data["control_log_odds"].sel(edit="zero")
+    )
+    text, clean = TEXTS[0], by_hand(TEXTS[0])
+    before = {6: clean.residuals[5, SINK], 7: clean.residuals[6, SINK]}
+    attention = {at: clean.residuals[at, SINK] - clean.contributions[at, SINK] - before[at] for at in (6, 7)}
+    halved = by_hand(text, {(at, SINK): lambda c, at=at: c - 0.5 * attention[at].to(c) for at in (6, 7)})
+    expected = over_life(halved, clean, SINK, 6, treated().table.iloc[0])
+    value = result.data["control_log_odds"].sel(sink=0, edit=0.5, control="attention output")
+    assert float(value) == pytest.approx(expected, abs=1e-4)
+
+    def scaled(contribution, dose):
+        return contribution * dose
+
+    own = with_controls(lens(), tokens, treated(), layers=[6, 7], intervention=scaled, factors=[0.5], **options)
+    np.testing.assert_array_equal(own.data["effect_score"].sel(edit=0.5), result.data["effect_score"].sel(edit=0.5))
+
+
+def test_sinks_and_forming_layers_are_found_where_none_are_given():
+    tokens, options = sc.Tokens(TEXTS[:1], NAMES[:1]), {"controls": ("wrong layer",), "n_random": 0, "verbose": False}
+    result = with_controls(lens(), tokens, layer="forming", **options)
+    mapped = sc.layer_map(lens(), tokens, sc.find_sinks(lens(), tokens, verbose=False), verbose=False)
+    again = with_controls(
+        lens(), tokens, layer="forming", forming=mapped.forming(), sinks=result_sinks(result), **options
+    )
+    pd.testing.assert_frame_equal(result.matches, again.matches)
+    np.testing.assert_array_equal(result.data["effect_log_odds"], again.data["effect_log_odds"])
+
+
+def result_sinks(result: Controlled) -> sc.Sinks:
+    return sc.Sinks(result.table, ("0",), found().manifest)
+
+
+def test_a_random_model_is_made_where_it_is_asked_for():
+    tokens, options = sc.Tokens(TEXTS, NAMES), {"found": found(), "controls": (), "n_random": 0, "verbose": False}
+    made = with_controls(lens(), tokens, treated(), layer=6, random_model=True, **options)
+    given = with_controls(lens(), tokens, treated(), layer=6, random_model=randomly_initialised(lens()), **options)
+    np.testing.assert_array_equal(made.data["control_score"], given.data["control_score"])
+    assert made.compare()["control"].tolist() == ["random model", "random perturbation"]
+
+
+def test_one_sink_of_several_with_forming_layers_of_their_own_again_alone():
+    """What the others' forming layers keep out of the wrong layers, `also_forming` keeps out when they are not there."""
+    tokens, options = (
+        sc.Tokens(TEXTS, NAMES),
+        {"found": found(), "controls": ("wrong layer",), "n_random": 0, "verbose": False},
+    )
+    forming = pd.Series([6, 7, 6])
+    all_ = with_controls(lens(), tokens, treated(), layer="forming", forming=forming, **options)
+    one = sc.Sinks(treated().table.iloc[[1]].reset_index(drop=True), treated().prompts, treated().manifest)
+    alone = with_controls(
+        lens(), tokens, one, layer="forming", forming=forming[[1]], also_forming=[6], batch_size=1, **options
+    )
+    assert (
+        alone.matches["layers"].iloc[0] == all_.matches.query("sink == 1 and control == 'wrong layer'")["layers"].item()
+    )
+
+
 def test_a_random_perturbation_is_as_large_as_the_edit_and_repeats_by_name():
     result, again = controlled(), controlled.__wrapped__(1)
     assert np.array_equal(result.data["random_log_odds"].sel(draw=[0]), again.data["random_log_odds"])
@@ -290,7 +387,10 @@ def test_saved_and_loaded(tmp_path):
     [
         ({"n_random": -1}, "n_random = -1"), ({"layer": 6, "together": True}, "one sink at a time"),
         ({"layer": 99}, "layer 99 is out of range"), ({"layer": 6, "controls": ("nobody",)}, "control 'nobody' is unknown"),
-      ({"layer": 6, "intervention": "erase"}, "intervention 'erase' is unknown"), ({}, "give either layer="),
+        ({"layer": 6, "intervention": "erase"}, "intervention 'erase' is unknown"), ({}, "give either layer="),
+        ({"layer": 6, "factors": [0, 2]}, "factors were given and would not be used"),
+        ({"layer": 6, "intervention": "rescale", "factors": [0, 0]}, "give each once"),
+        ({"layer": 6, "what": "mine"}, "option 'what' is unknown"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_a_sentence(options, said):

@@ -11,6 +11,7 @@ import hand
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import xarray as xr
 from common import BACKENDS, REAL, SINK, by_hand, lens, no_forward_pass, prompt, real, real_run, subject
@@ -427,6 +428,39 @@ def test_summary_is_a_bootstrap_over_prompts():
     )
 
 
+def test_tests_of_a_map_are_those_of_the_statistics_over_prompts():
+    effect = made_up()
+    table = effect.tests("score")
+    values = np.array(
+        [[lifetime_mean(effect, "score", s, edit) for edit in effect.data["edit"].values] for s in range(20)]
+    )
+    means = values.reshape(10, 2, -1).mean(1)
+    for index, row in table.iterrows():
+        test = scipy.stats.permutation_test((means[:, index],), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert row.p == pytest.approx(test.pvalue)
+        assert row.effect == pytest.approx(means[:, index].mean())
+    assert (table["p_max_t"] >= table["p"] - 1e-12).all()
+    np.testing.assert_allclose(table["p_bh"], scipy.stats.false_discovery_control(table["p"]))
+    assert table["smallest_p"].tolist() == [2 / 2**10] * len(table)
+    assert table["n_prompts"].tolist() == [10] * len(table)
+    assert effect.tests("score", alternative="less")["p"].tolist() != table["p"].tolist()
+    with pytest.raises(InputError, match="a trend needs doses, this is a layer_map"):
+        effect.trend()
+
+
+def test_the_trend_of_a_dose_is_the_statistics_over_prompts():
+    made = made_up(kind="dose_response")
+    data = made.data.isel(edit=[0, 0, 0]).assign_coords(edit=[0.0, 0.5, 2.0])
+    data["score"] = data["score"] * xr.DataArray([1.0, -0.3, 2.0], dims="edit") + data["clean_score"]
+    effect = dataclasses.replace(made, data=data)
+    edited = effect.over_lifetime("score", "edited").transpose("sink", "edit").to_numpy().reshape(10, 2, 3).mean(1)
+    correlations = [scipy.stats.spearmanr([0.0, 0.5, 2.0], row).statistic for row in edited]
+    found = effect.trend("score", alternative="two-sided")
+    assert found.statistic == pytest.approx(np.mean(correlations))
+    test = scipy.stats.permutation_test((correlations,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert found.p == pytest.approx(test.pvalue)
+
+
 def test_one_outcome_alone_and_one_row_per_sink():
     effect = made_up()
     pd.testing.assert_frame_equal(
@@ -566,7 +600,8 @@ def call(name: str, **options):
         ("dose_response", {"layer": 3, "intervention": max, "factors": [math.nan]}, "dose nan is not allowed: give a finite number"),
         ("dose_response", {"layer": 3, "intervention": max, "factors": [True]}, "dose True is not allowed"),
         ("ablate", {"layer": 3, "outcomes": {"score": max}}, "outcome name 'score' is taken: choose another"),
-        ("layer_map", {"intervention": "mean"}, "intervention 'mean' is unknown: use 'zero' or a function"),
+        ("layer_map", {"intervention": "erase"}, "intervention 'erase' is unknown: use 'zero' or 'mean' or a function"),
+        ("layer_map", {"labels": [1]}, "option 'labels' is unknown"), ("ablate", {"layer": 3, "what": "x"}, "option 'what' is unknown"),
         ("ablate", {"layer": 3, "batch_size": 0}, "batch_size = 0: at least 1"),
         ("ablate", {"layer": 3, "batch_size": -2}, "batch_size = -2: at least 1"),
         ("ablate", {"layer": 3, "min_queries": 0}, "min_queries = 0: at least 1"),

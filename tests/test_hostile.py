@@ -301,9 +301,11 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         "edits_of": own_function,
     }),
     "layer_map": (lambda: (sc.layer_map, at(layers=[6])), {
-        **EXPERIMENT, "intervention": one_by_name("zero"), "layers": optional(LAYERS),
+        **EXPERIMENT, "intervention": one_by_name("zero", "mean"), "layers": optional(LAYERS), "found": NONE,
     }),
-    "ablate": (lambda: (sc.ablate, at(layer=6)), {**EXPERIMENT, **TREATED, "method": one_by_name("zero", "mean")}),
+    "ablate": (lambda: (sc.ablate, at(layer=6)), {
+        **EXPERIMENT, **TREATED, "intervention": one_by_name("zero", "mean"), "method": nothing, "found": NONE,
+    }),
     "ablate, jointly": (lambda: (sc.ablate, at(layers=[6, 7])), {"layers": LAYERS, "layer": NONE}),
     "ablate, forming": (lambda: (sc.ablate, at(layer="forming", forming=[6])), {
         "forming": optional(lambda value: several(LAYER)(value) and len(value) == 1),
@@ -316,21 +318,22 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         **EXPERIMENT, **TREATED, "layers": NONE, "found": NONE, "onto": NONE, "n_random": whole(),
     }),
     "mass_account": (lambda: (sc.mass_account, at(layer=6)), {
-        **MEASURED, **TREATED, "others": NONE, "intervention": one_by_name("zero"), "no_such": nothing,
+        **MEASURED, **TREATED, "found": NONE, "intervention": one_by_name("zero", "mean"), "no_such": nothing,
     }),
     "measure_mass": (lambda: (sc.measure_mass, at(labels=["a"], edits_of=zeroed)), {
         **MEASURED, **SETTINGS, **LABELS, "sinks": nothing, "edits_of": own_function,
     }),
     "path_effects": (lambda: (sc.path_effects, at(layer=6)), {
-        **MEASURED, **TREATED, "holds": none_of_them, "intervention": one_by_name("zero"), "no_such": nothing,
+        **MEASURED, **TREATED, "holds": none_of_them, "intervention": one_by_name("zero", "mean"), "found": NONE, "no_such": nothing,
     }),
     "measure_paths": (lambda: (sc.measure_paths, at(edits_of=lambda row: zeroed(0, row))), {
         **MEASURED, **SETTINGS, "sinks": nothing, "edits_of": own_function,
     }),
     "with_controls": (lambda: (sc.with_controls, at(layer=6)), {
-        **TREATED, "model": nothing, "tokens": tokens, "sinks": nothing, "layers": NONE, "found": NONE, "n_random": whole(),
-        "random_model": NONE, "no_such": nothing, "together": lambda value: flag(value) and not value, "path": PATH,
-        "intervention": one_by_name("zero", "mean"), "min_queries": QUERIES, "controls": none_of_them,
+        **TREATED, "model": nothing, "tokens": tokens, "sinks": NONE, "layers": NONE, "found": NONE, "n_random": whole(),
+        "random_model": lambda value: value is None or value is True, "no_such": nothing, "path": PATH, "factors": NONE,
+        "together": lambda value: flag(value) and not value, "intervention": one_by_name("zero", "mean", "rescale"),
+        "min_queries": QUERIES, "controls": none_of_them,
     }),
     "attribute": (lambda: (sc.attribute, at()), {
         **MEASURED, "model": nothing, "tokens": tokens, "sinks": NONE, "outcome": word("score", "log_odds"), "exact": NONE,

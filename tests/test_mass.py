@@ -245,7 +245,7 @@ def test_the_users_cache_serves():
     ("options", "message"),
     [
         ({"layer": 1, "loss": True}, "option 'loss' is unknown here: there are min_queries"),
-        ({"layer": 1, "intervention": "mean"}, "intervention 'mean' is unknown"),
+        ({"layer": 1, "intervention": "erase"}, "intervention 'erase' is unknown"),
         ({"layer": 24}, r"layer 24 is out of range: the model has layers 0\.\.23"),
         ({"layer": 1, "min_queries": 0}, "min_queries = 0"),
         ({"layer": 1, "path": "quick"}, "path 'quick' is unknown"),

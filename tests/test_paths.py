@@ -571,7 +571,7 @@ def test_holds_that_reach_nothing_are_refused_before_any_run(row, message, path)
         ({"layer": 3}, "reaches nothing: up to layer 3"),
         ({"layer": 1, "holds": ("k",)}, "'k' is not a Hold"),
         ({"layer": 1, "holds": (Hold("k"), Hold("k"))}, "name each once"),
-        ({"layer": 1, "intervention": "mean"}, "intervention 'mean' is unknown"),
+        ({"layer": 1, "intervention": "erase"}, "intervention 'erase' is unknown"),
         ({"layer": 1, "together": True}, "option 'together' is unknown here: there are min_queries"),
         ({"layer": 1, "batch_size": 0}, "batch_size = 0"),
         ({"layer": 1, "norm_scales": "held"}, "norm_scales 'held' is unknown: use 'auto', 'both' or 'recomputed'"),
