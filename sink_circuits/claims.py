@@ -214,7 +214,7 @@ def test_claims(
             f"for a score, and {needed}: give more prompts, or other kinds."
         )
     if layer is not None:
-        forming_layer, forming_set = layer, tuple(sorted(declared))
+        forming_layer, forming_set = int(layer), tuple(sorted(int(one) for one in declared))
     else:
         last = int(discovery.table["l_end"].max())
         forming_layer, forming_set = forming_layers(

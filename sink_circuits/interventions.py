@@ -88,6 +88,8 @@ class Edit:
             raise InputError(
                 f"edit {self.name!r} returned {shape} for a contribution of shape {tuple(contribution.shape)}: return the same shape."
             )
+        if edited.is_complex():
+            raise InputError(f"edit {self.name!r} of layer {self.layer} returned complex values: return real ones.")
         if torch.isfinite(edited).all() and not edited.float().square().sum(dim=-1).isfinite().all():
             raise InputError(
                 f"edit {self.name!r} of layer {self.layer} made a contribution too long to square (norm above 1e19), which norm "

@@ -85,9 +85,15 @@ def test_a_declared_set_names_its_layer():
             claims.test_claims(model, texts(), verbose=False, **options)
 
 
-def test_a_sink_without_an_ordinary_token_near_it_is_compared_with_none(monkeypatch):
+def test_a_sink_without_an_ordinary_token_near_it_is_compared_with_none(monkeypatch, tmp_path):
     monkeypatch.setattr("sink_circuits.controls.REACH", 0)
-    table = claims.test_claims(lens("bridge", "stand_in"), texts()[:2], layer=6, n_random=1, verbose=False).table
+    layer = np.int64(6)
+    result = claims.test_claims(
+        lens("bridge", "stand_in"), texts()[:2], layer=layer, layers=[layer], n_random=1, verbose=False
+    )
+    result.save(tmp_path / "claims.safetensors")
+    assert Claims.load(tmp_path / "claims.safetensors").forming_set == (6,)
+    table = result.table
     counts = table.set_index("hypothesis")["n_sinks"]
     assert counts[["necessary", "norm alone", "norm more than direction", "recovers"]].tolist() == [0] * 4
     assert counts["dose"] == 2

@@ -113,6 +113,7 @@ def test_factors_are_finite_and_not_negative(factor):
         (lambda c: c.sum(), r"returned \(\)"),
         (lambda c: None, r"returned NoneType"),
         (lambda c: c / 0, r"'mine' of layer 2 returned NaN or infinite values"),
+        (lambda c: c * 1j, r"'mine' of layer 2 returned complex values: return real ones"),
         (lambda c: c * math.nan, r"NaN or infinite"),
         (lambda c: c.where(c.abs() < c.abs().max(), math.inf), r"NaN or infinite"),
         (lambda c: c * 0 + 1e30, r"'mine' of layer 2 made a contribution too long to square"),
