@@ -388,6 +388,8 @@ def _names_of(tokens: Tokens) -> tuple[str, ...]:
         raise InputError(
             f"Tokens of {len(tokens.ids)} prompts have names {shown(tokens.names)}: give each prompt a string."
         )
+    if broken := [name for name in names if has_surrogate(name)]:
+        raise InputError(f"a prompt's name holds half a character (a surrogate): mend {shown(broken[0])}.")
     if len(set(names)) < len(names):
         raise InputError("two prompts share a name: give each its own.")
     return names

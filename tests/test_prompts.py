@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from common import lens, no_forward_pass, prompt
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import sink_circuits as sc
 from sink_circuits import weights
 from sink_circuits.errors import InputError
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens, load_prompts, token_texts
@@ -141,6 +143,12 @@ def test_hash_tells_token_sequences_apart():
         len({hash_of([1, 2], [3]), hash_of([1], [2, 3]), hash_of([1, 2, 3]), hash_of([3], [1, 2]), hash_of([2, 1, 3])})
         == 5
     )
+
+
+def test_half_a_character_in_a_name_is_refused_before_any_run():
+    sc.adapt(lens())  # whose checks run the model
+    with no_forward_pass(), pytest.raises(InputError, match=r"name holds half a character.*mend '\\ud800'"):
+        sc.find_sinks(lens(), Tokens((prompt(),), ("\ud800",)), verbose=False)
 
 
 def test_slices_keep_names_with_ids():

@@ -124,6 +124,13 @@ def test_interval_lies_within_the_data(values, confidence):
     assert min(values) - tolerance <= estimate.low <= estimate.high <= max(values) + tolerance
 
 
+def test_only_means_that_are_all_equal_have_no_width():
+    apart = bootstrap_over_prompts([2.0, 3.0], ["a", "b"], name="x")
+    assert (apart.low, apart.mean, apart.high) == (2.0, 2.5, 3.0)
+    equal = bootstrap_over_prompts([0.1, 0.1, 0.1], ["a", "b", "c"], name="x")
+    assert (equal.low, equal.mean, equal.high) == (0.1, 0.1, 0.1)
+
+
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95, -1, math.nan])
 def test_impossible_confidence_is_refused(confidence):
     with pytest.raises(InputError, match="confidence .* is out of range: between 0 and 1"):
