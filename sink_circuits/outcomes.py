@@ -238,8 +238,10 @@ def value_of(
 ) -> np.ndarray:
     """The outcome's value, float32, of shape [], [layer] or [layer, head].
 
-    Raises InputError naming the outcome when its function fails, or returns another shape, infinite values or no numbers.
+    Raises InputError naming the outcome when its function fails, writes into the runs it is shown, or returns another shape,
+    infinite values or no numbers.
     """
+    before = _versions(clean, edited)
     try:
         value = torch.as_tensor(outcome.function(clean, edited, sink)).detach()
     except Exception as error:
@@ -248,6 +250,10 @@ def value_of(
             f"outcome {outcome.name!r} failed at position {sink['pos']} of prompt {sink['prompt']!r} "
             f"({type(error).__name__}: {first}): mend its function."
         ) from error
+    if _versions(clean, edited) != before:  # every later value would be of other runs
+        raise InputError(
+            f"outcome {outcome.name!r} writes into the runs it is shown: let its function compute new tensors (log() for log_())."
+        )
     if tuple(value.shape) not in ((), (n_layers,), (n_layers, n_heads)):
         raise InputError(
             f"outcome {outcome.name!r} returned shape {list(value.shape)}: return [], [layer] = [{n_layers}] or "
@@ -257,3 +263,9 @@ def value_of(
         kind = "complex" if value.is_complex() else "infinite (or too large for float32)"
         raise InputError(f"outcome {outcome.name!r} returned {kind} values: return real ones, NaN where undefined.")
     return value.float().cpu().numpy()
+
+
+def _versions(*runs: CleanRun | EditedRun) -> list[int]:
+    """How often each tensor of the runs has been written to, as torch counts it."""
+    parts = [part for run in runs for part in (*vars(run).values(), *vars(run.columns or run).values())]
+    return [part._version for part in parts if isinstance(part, Tensor) and not part.is_inference()]

@@ -308,6 +308,8 @@ def broken(clean, edited, sink):
         (lambda clean, edited, sink: math.inf, "'mine' returned infinite .*: return real ones, NaN where undefined"),
         (lambda clean, edited, sink: 1e60, "'mine' returned infinite .or too large for float32"),
         (lambda clean, edited, sink: 1j, "'mine' returned complex values"),
+        (lambda clean, edited, sink: edited.columns.log_attention.exp_().mean(), "'mine' writes into the runs it is shown"),
+        (lambda clean, edited, sink: clean.base[3].mul_(2).mean(), "'mine' writes into the runs it is shown"),
         (lambda clean, edited, sink: key_column(edited, 3).log_attention.sum(), r"on position 3: it was made with chosen=\(0, 40\)"),
         (lambda clean, edited, sink: resid_post_at(edited, 3).sum(), r"no residual stream at position 3: only at \(0, 40\)"),
     ],
