@@ -391,7 +391,7 @@ def test_a_primary_that_only_touches_the_threshold_ends_before_it():
 def test_a_candidates_size_is_that_of_its_sink_layers_alone():
     ratio = torch.ones(6, 8)
     ratio[1:4, 0], ratio[4, 0] = 10.0, 2.4  # what stands behind its life is none of it
-    ratio[1:4, 1] = 10.5
+    ratio[1:4, 1], ratio[4, 1] = 10.5, 0.0
     assert find_primary(ratio, sc.Thresholds()) == 1
 
 
