@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sink_circuits.attribution import Agreement, Attribution, attribute
     from sink_circuits.claims import Claims, test_claims
+    from sink_circuits.clean_runs import names_filter, run_clean
     from sink_circuits.controls import Controlled, randomly_initialised, with_controls
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
     from sink_circuits.directions import norm_and_direction
+    from sink_circuits.edited_runs import run_edited
+    from sink_circuits.edits import Edit, compose, custom, window
     from sink_circuits.effects import Effect, interaction
     from sink_circuits.errors import SinkCircuitsError
-    from sink_circuits.experiments import ablate, dose_response, layer_map, measure
+    from sink_circuits.experiments import ablate, dose_response, layer_map
     from sink_circuits.generation import Decoding, generate
     from sink_circuits.holds import Hold
     from sink_circuits.interventions import (
-        Edit,
-        compose,
-        custom,
         denoising,
         keep_direction,
         mean_over_corpus,
@@ -33,17 +33,16 @@ if TYPE_CHECKING:
         swap_direction,
         swap_norm,
         transplant,
-        window,
         zero,
     )
     from sink_circuits.invariants import check_invariants
     from sink_circuits.mass import MassAccount, mass_account, measure_mass
+    from sink_circuits.measurement import measure
     from sink_circuits.models import adapt, load_model
     from sink_circuits.outcomes import Outcome, key_column, resid_post_at
     from sink_circuits.paths import PathEffect, measure_paths, path_effects
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts
     from sink_circuits.reproduction import Plan, reproduce
-    from sink_circuits.runs import names_filter, run_clean, run_edited
     from sink_circuits.scores import SinkScores, sink_scores
     from sink_circuits.studies import Study, read_study
     from sink_circuits.sweeps import SweepResult, WorkerPool, load_sweep, sweep
@@ -54,8 +53,11 @@ _ROOMS = {
     "detection": ("Sinks", "Thresholds", "find_sinks", "official", "primary_direction"),
     "attribution": ("Agreement", "Attribution", "attribute"),
     "claims": ("Claims", "test_claims"),
+    "clean_runs": ("names_filter", "run_clean"),
     "controls": ("Controlled", "randomly_initialised", "with_controls"),
     "directions": ("norm_and_direction",),
+    "edited_runs": ("run_edited",),
+    "edits": ("Edit", "compose", "custom", "window"),
     "effects": ("Effect", "interaction"),
     "experiments": ("ablate", "dose_response", "layer_map", "measure"),
     "generation": ("Decoding", "generate"),
@@ -65,9 +67,6 @@ _ROOMS = {
     "outcomes": ("Outcome", "key_column", "resid_post_at"),
     "paths": ("PathEffect", "measure_paths", "path_effects"),
     "interventions": (
-        "Edit",
-        "compose",
-        "custom",
         "denoising",
         "keep_direction",
         "mean_over_corpus",
@@ -83,13 +82,11 @@ _ROOMS = {
         "swap_direction",
         "swap_norm",
         "transplant",
-        "window",
         "zero",
     ),
     "models": ("adapt", "load_model"),
     "prompts": ("Prompt", "PromptSet", "Tokens", "load_prompts"),
     "reproduction": ("Plan", "reproduce"),
-    "runs": ("names_filter", "run_clean", "run_edited"),
     "scores": ("SinkScores", "sink_scores"),
     "studies": ("Study", "read_study"),
     "sweeps": ("SweepResult", "WorkerPool", "load_sweep", "sweep"),

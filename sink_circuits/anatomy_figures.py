@@ -21,6 +21,7 @@ from sink_circuits.figures.look import (
     GREEN,
     GRID,
     INK,
+    LEGEND_ROW,
     MUTED,
     ORANGE,
     PURPLE,
@@ -508,13 +509,14 @@ def _add(figure: go.Figure, row: int, *traces) -> None:
 
 
 def _finished(figure: go.Figure, title: str, text: str, *, height: int, bottom: int, legend_rows: int = 1) -> go.Figure:
-    """`look.finish`, with room for a legend of several rows, or of bars."""
-    figure = finish(figure, title, text, height=height, bottom=bottom)
+    """`look.finish`, with room for a legend of bars."""
+    figure = finish(figure, title, text, height=height, bottom=bottom, legend_rows=legend_rows)
     plot = figure.layout.height - figure.layout.margin.t - bottom
     bars = any(trace.type == "bar" for trace in figure.data) and not figure.layout.showlegend
-    more = 24 * (legend_rows - 1 + bars)
-    figure.update_layout(height=figure.layout.height + more, margin_t=figure.layout.margin.t + more)
-    return figure.update_layout(showlegend=True, legend_y=1 + 24 / plot) if bars else figure
+    if not bars:
+        return figure
+    height, top = (value + LEGEND_ROW * legend_rows for value in (figure.layout.height, figure.layout.margin.t))
+    return figure.update_layout(height=height, margin_t=top, showlegend=True, legend_y=1 + 24 / plot)
 
 
 def _lines(x, rows: np.ndarray, names: Sequence[str], name: str, look, where: str, width: float = 1.5) -> go.Scatter:

@@ -147,6 +147,12 @@ def several(values, name: str, *, empty: bool = False) -> tuple:
     return made
 
 
+def one_or_several(values) -> tuple:
+    """One value or several, as a tuple."""
+    single = isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
+    return (values,) if single else tuple(values)
+
+
 def iterable(values, name: str, remedy: str) -> Any:
     """Raises InputError for what cannot be gone through; leaves a generator as it is."""
     try:

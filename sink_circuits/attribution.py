@@ -32,8 +32,9 @@ from sink_circuits import arguments
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import _check_options, check_handed_on, layer_map
+from sink_circuits.experiments import layer_map
 from sink_circuits.gradients import GRAPH_BYTES, MEANS, Subject, check_memory, neuron_hook
+from sink_circuits.measurement import check_handed_on, check_options
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
@@ -302,7 +303,7 @@ def attribute(
     if sinks is not None:
         arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")
     check_handed_on(options)
-    _check_options(adapter, verbose=verbose, **options)
+    check_options(adapter, verbose=verbose, **options)
     _check_arguments(adapter, outcome, method, targets, positions, n_steps, readers)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
     recompute = check_memory(adapter, max(map(len, tokens)), graph_bytes)

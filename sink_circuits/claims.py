@@ -27,15 +27,19 @@ import torch
 import xarray as xr
 
 from sink_circuits import arguments, statistics
+from sink_circuits.arguments import one_or_several
+from sink_circuits.clean_runs import run_clean
 from sink_circuits.controls import Controlled, Intervention, match_positions, with_controls
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
+from sink_circuits.edits import Edit
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import FACTORS, Effect, _check_layers, _several, dose_response, layer_map, measure
-from sink_circuits.interventions import Edit, keep_direction, remove_direction, set_norm, swap_direction, zero
+from sink_circuits.experiments import FACTORS, check_layers, dose_response, layer_map
+from sink_circuits.interventions import keep_direction, remove_direction, set_norm, swap_direction, zero
+from sink_circuits.measurement import measure
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import run_clean
 from sink_circuits.studies import KINDS
 from sink_circuits.transplants import stand_ins, sufficiency
 
@@ -196,7 +200,7 @@ def test_claims(
     for kind in kinds:
         arguments.one_of(kind, "kind", KINDS)
     declared = declared_layers(layer, layers)
-    _check_layers(declared, adapt(model).n_layers)
+    check_layers(declared, adapt(model).n_layers)
     tokens = as_tokens(model, tokens)
     found = find_sinks(model, tokens, path=path, verbose=verbose) if sinks is None else sinks
     names = tuple(tokens.names)
@@ -244,13 +248,13 @@ test_claims.__test__ = False  # type: ignore[attr-defined]  # its name makes pyt
 
 def declared_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The declared forming set, () where none is declared. Raises InputError for a set without its layer."""
-    layers = None if layers is None else _several(layers)
+    layers = None if layers is None else one_or_several(layers)
     if layer is None and layers is not None:
         raise InputError(f"layers {list(layers)} declare a forming set without its forming layer: give layer= too.")
     if layer is None:
         return ()
     declared = (layer,) if layers is None else tuple(layers)
-    _check_layers(declared, arguments.MOST)
+    check_layers(declared, arguments.MOST)
     if layer not in declared or len(set(declared)) < len(declared):
         raise InputError(
             f"layers {list(declared)}: a forming set names each layer once, and the forming layer {layer} too."
@@ -406,15 +410,28 @@ def _recovery(model, tokens, treated: Sinks, matches, layer: int, options) -> np
         run = measure(model, tokens, at, ["zero"], zeros, what="joint removal", together=True, **options)
         return run.over_lifetime("primary_log_odds").to_numpy()[:, 0]
 
-    nearby = matches[(matches["control"] == "same range") & (matches["pos"] >= 0)]
-    of, out = nearby["sink"].tolist(), np.full(len(treated), np.nan)
+    of, at = _as_many_ordinary(treated, matches, tokens)
+    out = np.full(len(treated), np.nan)
     if of:
-        table = treated.table.iloc[of].reset_index(drop=True).assign(pos=nearby["pos"].to_numpy())
-        table["token_id"] = [
-            int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)
-        ]
-        out[of] = effect(treated)[of] - effect(Sinks(table, treated.prompts, treated.manifest))
+        out[of] = effect(treated)[of] - effect(at)
     return out
+
+
+def _as_many_ordinary(treated: Sinks, matches: pd.DataFrame, tokens: Tokens) -> tuple[list[int], Sinks]:
+    """The sinks of prompts in which each has an ordinary neighbour of its own, and those neighbours.
+
+    Elsewhere a joint edit at the neighbours would be of fewer tokens than the one at the sinks: there is nothing to compare.
+    """
+    nearby = matches[matches["control"] == "same range"].set_index("sink")["pos"].sort_index()
+    prompts = treated.table["prompt"]
+    alone = nearby.lt(0) | pd.DataFrame({"prompt": prompts, "pos": nearby}).duplicated(keep=False)
+    of = np.flatnonzero(~alone.groupby(prompts).transform("any")).tolist()
+    table = treated.table.iloc[of].reset_index(drop=True).assign(pos=nearby.iloc[of].to_numpy())
+    table["token_id"] = [
+        int(tokens.ids[tokens.names.index(prompt)][pos])
+        for prompt, pos in zip(table["prompt"], table["pos"], strict=True)
+    ]
+    return of, Sinks(table, treated.prompts, treated.manifest)
 
 
 def _within(dosed: Effect, outcome: str) -> np.ndarray:

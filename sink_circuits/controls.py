@@ -19,31 +19,18 @@ import torch
 import xarray as xr
 
 from sink_circuits import arguments, statistics
+from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks, find_sinks
+from sink_circuits.edits import Contribution, Edit
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.experiments import (
-    FACTORS,
-    REMOVALS,
-    Effect,
-    _check_options,
-    _check_sinks,
-    _name,
-    _prepare,
-    _several,
-    as_edits,
-    check_doses,
-    check_handed_on,
-    check_labels,
-    dosed,
-    measure,
-    removal,
-)
-from sink_circuits.interventions import Contribution, Edit, random_perturbation, zero
+from sink_circuits.experiments import FACTORS, REMOVALS, check_doses, dosed, name_of, prepare, removal
+from sink_circuits.interventions import random_perturbation, zero
+from sink_circuits.measurement import as_edits, check_handed_on, check_labels, check_options, check_sinks, measure
 from sink_circuits.models import adapt, backend_of, load_model
 from sink_circuits.outcomes import in_order
 from sink_circuits.prompts import Tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import run_clean
 from sink_circuits.scores import MIN_QUERIES
 
 SKIP_FIRST = 4
@@ -278,7 +265,7 @@ def with_controls(
         raise InputError(f"n_random = {arguments.shown(n_random)}: a whole number, at least 0; 20 allow p <= 0.05.")
     check_handed_on(options)
     n_random = int(n_random)
-    _check_options(adapt(model), verbose=verbose, **options)
+    check_options(adapt(model), verbose=verbose, **options)
     if options.get("together") or options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError(
             "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
@@ -288,18 +275,18 @@ def with_controls(
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     if random_model is not None and random_model is not True:
         adapt(random_model)
-    all_treated, joint = sinks is None, None if layers is None else _several(layers)
-    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, joint, forming, {**options, "verbose": verbose})
+    all_treated, shared = sinks is None, {**options, "verbose": verbose}
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, shared)
+    tokens, sinks = prepared.tokens, prepared.sinks
     found = sinks if found is None and all_treated else found
-    table = _check_sinks(sinks, tokens)
+    table = check_sinks(sinks, tokens)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    own_layers = [layers_of(row) for _, row in table.iterrows()]
+    own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
     random_model = randomly_initialised(model) if random_model is True else random_model
     interventions = _by_label(model, tokens, treated, intervention, doses, found, path)
     labels = list(interventions)
-    shared = {**options, "verbose": verbose}
 
     def edits_at(layers_by_sink: Sequence[Sequence[int]], of: Sequence[int] | None = None):
         def edits(label, row: pd.Series) -> tuple[Edit, ...]:
@@ -309,7 +296,7 @@ def with_controls(
 
         return edits
 
-    settings = {"layers": str(layer if layers is None else list(layers)), "n_random": n_random}
+    settings = {"layers": prepared.layers_said, "n_random": n_random}
     effect = measure(model, tokens, treated, labels, edits_at(own_layers), what="treated", settings=settings, **shared)
     matches = [match_positions(model, tokens, treated, found, path=path)]
     values = {
@@ -327,7 +314,7 @@ def with_controls(
         stand_ins = matches[0][(matches[0]["control"] == control) & (matches[0]["pos"] >= 0)]
         if len(stand_ins):
             of = stand_ins["sink"].tolist()
-            at = _moved(treated, tokens, of, stand_ins["pos"].tolist(), control)
+            at = moved(treated, tokens, of, stand_ins["pos"].tolist(), control)
             note(
                 "control",
                 control,
@@ -387,7 +374,7 @@ def _doses(intervention, factors: Sequence[float] | None) -> tuple[float, ...] |
     if isinstance(intervention, str) and intervention == "rescale":
         return check_doses(intervention, FACTORS if factors is None else factors)
     if not isinstance(intervention, Mapping):
-        _name(intervention, "intervention", (*REMOVALS, "rescale"))
+        name_of(intervention, (*REMOVALS, "rescale"))
     if factors is None:
         return None
     if not callable(intervention):
@@ -406,9 +393,9 @@ def _by_label(
             arguments.function(intervention[label], f"intervention {label!r}", "(layer, row of the sink table)")
         return dict(intervention)
     if doses is not None:
-        name = _name(intervention, "intervention", ("rescale",))
+        name = name_of(intervention, ("rescale",))
         return {dose: partial(_dosed_at, intervention, dose, name) for dose in doses}
-    name = _name(intervention, "intervention", REMOVALS)
+    name = name_of(intervention, REMOVALS)
     return {name: removal(model, tokens, sinks, intervention, found, {"path": path})}
 
 
@@ -454,7 +441,7 @@ def _random_draws(model, tokens, treated: Sinks, edits, labels, n_random: int, n
         note("random", draw, part, range(len(measured.table)))
 
 
-def _moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
+def moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
     """The sinks' rows at other positions: their layers and primary stay, so that the same cells are read."""
     table = sinks.table.iloc[list(of)].reset_index(drop=True).assign(pos=list(positions), kind=control)
     ids = [int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)]

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 from sink_circuits import arguments
 from sink_circuits.arguments import MOST, is_number, is_whole, shown
+from sink_circuits.clean_runs import CleanRun, resolve_path, run_clean
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.memory import check_memory, need_of, rows_within
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
 from sink_circuits.results import Manifest, frame_digest, write_whole
-from sink_circuits.runs import CleanRun, resolve_path, run_clean
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
 
@@ -151,6 +151,18 @@ class Sinks:
             raise ResultError(f"{path} has metadata that cannot be read ({error!r}): make the result again.") from error
         frame.attrs = {}
         return Sinks(frame, prompts, Manifest.from_dict(manifest))
+
+
+def check_table(table, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """A table of sinks as it is. Raises InputError for what is none: a column lacks, or holds no numbers where it should."""
+    arguments.instance(table, "the sinks' table", pd.DataFrame, "pass what find_sinks returns")
+    for name in columns:
+        if name not in table:
+            raise InputError(f"the sink table lacks the column {name!r}: pass what find_sinks returns.")
+        numeric = pd.api.types.is_numeric_dtype(table[name]) and not pd.api.types.is_bool_dtype(table[name])
+        if len(table) and name not in ("prompt", "token", "kind") and not numeric:
+            raise InputError(f"the sink table's column {name!r} holds no numbers: pass what find_sinks returns.")
+    return table
 
 
 def find_sinks(

@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 
 from sink_circuits import arguments
+from sink_circuits.clean_runs import run_clean
 from sink_circuits.controls import match_positions
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
+from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
-from sink_circuits.experiments import _prepare, _several, measure
+from sink_circuits.experiments import prepare
 from sink_circuits.interventions import (
-    Edit,
     keep_direction,
     random_direction,
     remove_direction,
@@ -29,8 +30,8 @@ from sink_circuits.interventions import (
     swap_norm,
     zero,
 )
+from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens
-from sink_circuits.runs import run_clean
 
 NORM_AND_DIRECTION = (
     "zero", "swap_norm", "swap_direction", "remove_direction", "keep_direction", "random_direction",
@@ -66,13 +67,13 @@ def norm_and_direction(
         )
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
-    joint = None if layers is None else _several(layers)
-    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, joint, forming, options)
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, options)
+    tokens, sinks = prepared.tokens, prepared.sinks
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=options.get("verbose", True)) if found is None else found
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    own_layers = [layers_of(row) for _, row in table.iterrows()]
+    own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
     matches = match_positions(model, tokens, treated, found, path=path)
     nearby = matches[matches["control"] == "same range"].set_index("sink")
     for index, row in nearby[nearby["pos"] < 0].iterrows():
@@ -87,7 +88,7 @@ def norm_and_direction(
         index, pos = cast(int, row.name), int(row["pos"])  # the table's index counts its rows
         return tuple(_edit(label, one, pos, references[index], str(row["prompt"])) for one in own_layers[index])
 
-    settings = {"layers": str(layer if joint is None else list(joint)), "ordinary": nearby["pos"].tolist()}
+    settings = {"layers": prepared.layers_said, "ordinary": nearby["pos"].tolist()}
     return measure(
         model, tokens, treated, list(NORM_AND_DIRECTION), edits, what="norm_and_direction", settings=settings, **options
     )

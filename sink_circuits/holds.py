@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sink_circuits.arguments import shown
+from sink_circuits.edits import Edit, as_positions
 from sink_circuits.errors import InputError
-from sink_circuits.interventions import Edit, _positions
 from sink_circuits.models import Adapter
 
 NORM_SCALE = "norm_scale"
@@ -45,14 +45,14 @@ class Hold:
         if not isinstance(self.what, str) or self.what not in HOLDABLE:
             raise InputError(f"{shown(self.what)} cannot be held: use one of {', '.join(HOLDABLE)}.")
         if self.layers is not None:
-            object.__setattr__(self, "layers", _positions(self.layers, "layer"))
+            object.__setattr__(self, "layers", as_positions(self.layers, "layer"))
             if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
                 raise InputError(f"a hold of layers {self.layers}: name each once, counted from 0, at least one.")
         if isinstance(self.positions, str):
             if self.positions not in ("treated", "others"):
                 raise InputError(f"positions {self.positions!r} are unknown: use 'treated', 'others', numbers or None.")
         elif self.positions is not None:
-            object.__setattr__(self, "positions", _positions(self.positions))
+            object.__setattr__(self, "positions", as_positions(self.positions))
             if not self.positions or min(self.positions) < 0:
                 raise InputError(f"a hold at positions {self.positions}: count from 0, and name at least one.")
 

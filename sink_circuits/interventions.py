@@ -1,11 +1,6 @@
-"""Interventions: small pure functions of an MLP's contribution at chosen positions, and how they enter a run.
+"""Interventions with names: small pure functions of an MLP's contribution at chosen positions, each made into an `Edit`.
 
-`resid_post[layer][pos] = base + f(contribution)`: an `Edit` is a layer, positions and such an f. Anything that maps
-[pos, d_model] to [pos, d_model] is an intervention; those below are the ones with names. In their formulas c is the
-contribution at one position, a vector [d_model], and |c| its Euclidean norm.
-
-The contribution is what the block adds to the residual stream: behind any norm that follows the MLP. Edits compose
-(`compose`), windows of layers are tuples of edits (`window`), and a joint set is any tuple of edits.
+In their formulas c is the contribution at one position, a vector [d_model], and |c| its Euclidean norm.
 
 Sources: Zhang & Nanda, 2309.16042 (kinds of ablation and corruption); Heimersheim & Nanda, 2404.15255 (noising,
 denoising, what each can show); Wong et al., 2512.22213 (the contribution's direction and norm make the sink).
@@ -19,139 +14,28 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
-from sink_circuits.arguments import is_number, is_whole, shown
+from sink_circuits.arguments import is_number, shown
+from sink_circuits.clean_runs import CleanRun
+from sink_circuits.edits import Contribution, Edit, as_positions, as_whole, keep
 from sink_circuits.errors import InputError
 from sink_circuits.statistics import seed_of
-
-if TYPE_CHECKING:
-    from sink_circuits.runs import CleanRun
-
-Contribution = Float[Tensor, "pos d_model"]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replace the contribution of MLP `layer` at `positions` by `function(contribution)`.
-
-    `function` maps [pos, d_model] to the same shape, pure, one row per position in the order given. `name` and
-    `parameter` describe it in results.
-    """
-
-    layer: int
-    positions: tuple[int, ...]
-    function: Callable[[Contribution], Contribution]
-    name: str = "custom"
-    parameter: float | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "positions", _positions(self.positions))
-        object.__setattr__(self, "layer", _whole(self.layer, "layer"))
-        arguments.function(self.function, "the edit's function", "the contribution [pos, d_model]")
-        arguments.text(self.name, "the edit's name")
-        if self.parameter is not None:
-            arguments.number(self.parameter, "the edit's parameter")
-        if not self.positions:
-            raise InputError(f"edit {self.name!r} of layer {self.layer} names no positions: give at least one.")
-        if len(set(self.positions)) < len(self.positions):
-            raise InputError(f"edit {self.name!r} of layer {self.layer} names a position twice: {self.positions}.")
-        if min(self.positions) < 0:
-            raise InputError(f"position {min(self.positions)} is negative: count from the first token, 0.")
-        if self.layer < 0:
-            raise InputError(f"layer {self.layer} is negative: count from the first block, 0.")
-
-    @property
-    def changes_nothing(self) -> bool:
-        """True for an edit that is known to leave every contribution as it is: a rescaling by 1."""
-        return self.function is keep
-
-    def check(self, n_layers: int, n_positions: float) -> None:
-        """Raises InputError when the layer or a position lies outside the model or the text."""
-        if self.layer >= n_layers:
-            raise InputError(f"layer {self.layer} is out of range: the model has layers 0..{n_layers - 1}.")
-        if max(self.positions) >= n_positions:
-            raise InputError(
-                f"position {max(self.positions)} is out of range: the text has positions 0..{n_positions - 1:.0f}."
-            )
-
-    def apply(self, contribution: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
-        """`function`, with its answer held to the contract: same shape, finite. Raises InputError otherwise."""
-        edited = self.function(contribution)
-        if not isinstance(edited, Tensor) or edited.shape != contribution.shape:
-            shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise InputError(
-                f"edit {self.name!r} returned {shape} for a contribution of shape {tuple(contribution.shape)}: return the same shape."
-            )
-        if edited.is_complex():
-            raise InputError(f"edit {self.name!r} of layer {self.layer} returned complex values: return real ones.")
-        if torch.isfinite(edited).all() and not edited.float().square().sum(dim=-1).isfinite().all():
-            raise InputError(
-                f"edit {self.name!r} of layer {self.layer} made a contribution too long to square (norm above 1e19), which norm "
-                "layers must: use smaller values."
-            )
-        if not torch.isfinite(edited).all():
-            raise InputError(
-                f"edit {self.name!r} of layer {self.layer} returned NaN or infinite values: return finite ones."
-            )
-        return edited.to(contribution.dtype)
-
-    def written_into(
-        self, contributions: Float[Tensor, "all_pos d_model"], first: int = 0
-    ) -> Float[Tensor, "all_pos d_model"]:
-        """A copy of one text's contributions, whose first row is position `first`, with this edit made."""
-        index = torch.tensor(self.positions, device=contributions.device) - first
-        edited = contributions.clone()
-        edited[index] = self.apply(contributions[index])
-        return edited
-
-    def hooks(self, model) -> list[tuple[str, Callable]]:
-        """`fwd_hooks` for the user's own `model.run_with_hooks(tokens, fwd_hooks=edit.hooks(model))`.
-
-        The edit is made in every row of the batch, at these positions of the tensor as given. Raises InputError before
-        the run for a layer that the model lacks, and in the run for a position beyond its text.
-        """
-        self.check(model.cfg.n_layers, math.inf)
-
-        def hook(contributions: Tensor, hook) -> Tensor:
-            self.check(model.cfg.n_layers, contributions.shape[1])
-            return torch.stack([self.written_into(row) for row in contributions])
-
-        return [(f"blocks.{self.layer}.hook_mlp_out", hook)]
-
-
-def _positions(positions, what: str = "position") -> tuple[int, ...]:
-    single = (
-        isinstance(positions, str | bytes) or not hasattr(positions, "__iter__") or getattr(positions, "ndim", 1) == 0
-    )
-    return tuple(_whole(p, what) for p in ([positions] if single else positions))
-
-
-def _whole(value, what: str) -> int:
-    if not is_whole(value):
-        raise InputError(f"{what} {shown(value)} is not a whole number: whole numbers, counted from 0, are needed.")
-    return int(value)
 
 
 def zero(layer: int, positions: int | Sequence[int]) -> Edit:
     """f(c) = 0: the MLP writes nothing. Zero ablation (Zhang & Nanda, 2309.16042, section 2)."""
-    return Edit(layer, _positions(positions), torch.zeros_like, "zero", 0.0)
-
-
-def keep(contribution: Contribution) -> Contribution:
-    """f(c) = c. Experiments copy the clean outcomes instead of running edits that only keep."""
-    return contribution
+    return Edit(layer, as_positions(positions), torch.zeros_like, "zero", 0.0)
 
 
 def rescale(layer: int, positions: int | Sequence[int], factor: float) -> Edit:
     """f(c) = factor * c. Raises InputError for a negative, NaN or infinite factor."""
     factor = check_factor(factor)
-    return Edit(layer, _positions(positions), keep if factor == 1 else lambda c: c * factor, "rescale", factor)
+    return Edit(layer, as_positions(positions), keep if factor == 1 else lambda c: c * factor, "rescale", factor)
 
 
 def replace(
@@ -161,62 +45,9 @@ def replace(
 
     Mean ablation, resampling and patching are this with their donors. Raises InputError when the rows do not fit.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     rows = _donor_rows(donor, positions)
     return Edit(layer, positions, lambda c: rows.to(c), name)
-
-
-def custom(
-    layer: int, positions: int | Sequence[int], function: Callable[[Contribution], Contribution],
-    name: str | None = None, parameter: float | None = None,
-) -> Edit:  # fmt: skip
-    """A function of your own, [pos, d_model] -> [pos, d_model], pure; `name` is the function's own unless given."""
-    arguments.function(function, "function", "the contribution [pos, d_model]")
-    name = getattr(function, "__name__", "custom") if name is None else name
-    return Edit(layer, _positions(positions), function, name, parameter)
-
-
-# Composition.
-
-
-def compose(*edits: Edit) -> Edit:
-    """One after the other at one layer and the same positions: f(c) = last(...(first(c))).
-
-    A run takes one edit per layer and position; this joins several. Raises InputError when layers or positions differ.
-    """
-    if not edits:
-        raise InputError("compose was given no edits: give at least one.")
-    first = edits[0]
-    for edit in edits:
-        arguments.instance(edit, "an edit to compose", Edit, "make it with zero(), rescale(), custom(), ...")
-        if (edit.layer, edit.positions) != (first.layer, first.positions):
-            raise InputError(
-                f"edits of layer {first.layer} at {first.positions} and of layer {edit.layer} at {edit.positions} do "
-                "not compose: give the same layer and positions, or hand both to the run as a tuple."
-            )
-    working = [edit for edit in edits if not edit.changes_nothing]
-    if len(working) < 2:
-        return working[0] if working else first
-
-    def function(contribution: Contribution) -> Contribution:
-        for edit in working:
-            contribution = edit.apply(contribution)
-        return contribution
-
-    return Edit(first.layer, first.positions, function, " then ".join(edit.name for edit in working))
-
-
-def window(layers: Iterable[int], make: Callable[[int], Edit]) -> tuple[Edit, ...]:
-    """A joint set over layers: `window(range(6, 9), lambda layer: zero(layer, 40))` edits 6, 7 and 8 in one run.
-
-    Layers above the first get the edited run's own contribution: a function of it (zero, rescale, a direction) acts on
-    what is there, a donor replaces it by what was noted. Raises InputError for no layers or one named twice.
-    """
-    layers = [_whole(layer, "layer") for layer in arguments.several(layers, "layers", empty=True)]
-    arguments.function(make, "make", "the layer")
-    if not layers or len(set(layers)) < len(layers):
-        raise InputError(f"layers {layers}: name each layer of a window once, and at least one.")
-    return tuple(make(layer) for layer in layers)
 
 
 # Norm and direction. Where a vector of norm 0 would have to give a direction, InputError says so; where it gives a
@@ -230,7 +61,7 @@ def set_norm(layer: int, positions: int | Sequence[int], norm: float) -> Edit:
     """
     norm = _norm(norm)
     function = torch.zeros_like if norm == 0 else lambda c: norm * _unit(_wide(c), f"set_norm at layer {layer}")
-    return Edit(layer, _positions(positions), function, "set_norm", norm)
+    return Edit(layer, as_positions(positions), function, "set_norm", norm)
 
 
 def swap_norm(layer: int, positions: int | Sequence[int], donor: Float[Tensor, "pos d_model"]) -> Edit:
@@ -238,7 +69,7 @@ def swap_norm(layer: int, positions: int | Sequence[int], donor: Float[Tensor, "
 
     A donor of norm 0 gives 0. Raises InputError for rows that do not fit, and in the run where c = 0 and donor is not.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     donors = _donor_rows(donor, positions)
     norms = _wide(donors).norm(dim=-1, keepdim=True)
 
@@ -256,7 +87,7 @@ def swap_direction(layer: int, positions: int | Sequence[int], donor: Float[Tens
 
     c = 0 stays 0. Raises InputError for rows that do not fit and for a donor of norm 0.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     units = _unit(_wide(_donor_rows(donor, positions)), f"the donor of swap_direction at layer {layer}")
 
     def function(c: Contribution) -> Contribution:
@@ -274,7 +105,7 @@ def remove_direction(layer: int, positions: int | Sequence[int], direction: Floa
     InputError for a direction of norm 0.
     """
     unit = _direction(direction)
-    return Edit(layer, _positions(positions), lambda c: _wide(c) - _along(c, unit), "remove_direction")
+    return Edit(layer, as_positions(positions), lambda c: _wide(c) - _along(c, unit), "remove_direction")
 
 
 def keep_direction(layer: int, positions: int | Sequence[int], direction: Float[Tensor, " d_model"]) -> Edit:
@@ -283,7 +114,7 @@ def keep_direction(layer: int, positions: int | Sequence[int], direction: Float[
     It and `remove_direction` add up to c. Raises InputError for a direction of norm 0.
     """
     unit = _direction(direction)
-    return Edit(layer, _positions(positions), lambda c: _along(c, unit), "keep_direction")
+    return Edit(layer, as_positions(positions), lambda c: _along(c, unit), "keep_direction")
 
 
 def random_direction(
@@ -295,7 +126,7 @@ def random_direction(
     `orthogonal_to` takes that direction out of r first: in few dimensions r is not far from everything (|cosine| of
     about 1/sqrt(d_model)). A control for direction (Heimersheim & Nanda, 2404.15255, on what a patch can show).
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     barred = None if orthogonal_to is None else _direction(orthogonal_to)
 
     def function(c: Contribution) -> Contribution:
@@ -330,7 +161,7 @@ def random_perturbation(edit: Edit, *names) -> Edit:
 def write_along(layer: int, positions: int | Sequence[int], direction: Float[Tensor, " d_model"], norm: float) -> Edit:
     """f(c) = norm * direction/|direction|, whatever c was. Raises InputError for a norm below 0 or a direction of norm 0."""
     norm, unit = _norm(norm), _direction(direction)
-    return Edit(layer, _positions(positions), lambda c: (norm * unit).to(c).expand_as(c), "write_along", norm)
+    return Edit(layer, as_positions(positions), lambda c: (norm * unit).to(c).expand_as(c), "write_along", norm)
 
 
 # Donors: contributions of clean runs. A run is of one text; `contribution` is [layer, pos, d_model].
@@ -339,9 +170,9 @@ def write_along(layer: int, positions: int | Sequence[int], direction: Float[Ten
 def contribution_of(run: CleanRun, layer: int, positions: int | Sequence[int]) -> Contribution:
     """Rows [pos, d_model] that MLP `layer` adds in this run. Raises InputError outside the model or text."""
     _check_donor_run(run)
-    positions = _positions(positions)
+    positions = as_positions(positions)
     Edit(layer, positions, keep, "donor").check(len(run.contribution), len(run.tokens))
-    return run.contribution[_whole(layer, "layer")][list(positions)]
+    return run.contribution[as_whole(layer, "layer")][list(positions)]
 
 
 def _check_donor_run(run) -> None:
@@ -359,8 +190,8 @@ def patch(
     `source`: one position for all, or one for each (None: the same positions). Interchange intervention, activation
     patching (Zhang & Nanda, 2309.16042, section 2). Raises InputError for positions that are not there.
     """
-    positions = _positions(positions)
-    source = positions if source is None else _positions(source)
+    positions = as_positions(positions)
+    source = positions if source is None else as_positions(source)
     return replace(layer, positions, contribution_of(run, layer, source), name)
 
 
@@ -438,7 +269,7 @@ def mean_over_same_token(
     the corpus which positions count, Bool [pos]; given it, those of `run` count only if it is in the corpus. Raises
     InputError when no other occurrence counts.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     occurrences = _Occurrences.of(layer, positions, run, corpus, counted)
     means = [torch.cat(occurrences.others(position)).double().mean(dim=0) for position in positions]
     return replace(layer, positions, torch.stack(means), "mean_over_same_token")
@@ -455,7 +286,7 @@ def resample(
     donor depends neither on the layer (a window takes one occurrence's) nor on what else is treated. Zhang & Nanda,
     2309.16042; Heimersheim & Nanda, 2404.15255. Raises InputError when no other occurrence counts.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     arguments.instance(name, "name", str, "the donor is drawn from a text, such as the prompt's id")
     occurrences = _Occurrences.of(layer, positions, run, corpus, counted)
     order = functools.partial(seed_of, "resample", name)
@@ -480,7 +311,7 @@ def neuron_contribution(
         raise InputError(
             f"activations {tuple(post.shape)} and weights {tuple(W_out.shape)} do not fit: give [pos, d_mlp] and [d_mlp, d_model]."
         )
-    chosen = [_whole(neuron, "neuron") for neuron in arguments.several(neurons, "neurons", empty=True)]
+    chosen = [as_whole(neuron, "neuron") for neuron in arguments.several(neurons, "neurons", empty=True)]
     if len(set(chosen)) < len(chosen) or any(not 0 <= neuron < len(W_out) for neuron in chosen):
         raise InputError(f"neurons {chosen[:8]}: name each once, in 0..{len(W_out) - 1}.")
     if instead is not None and instead.shape != post.shape[1:]:
@@ -510,7 +341,7 @@ def without_neurons(layer: int, positions: int | Sequence[int], part: Float[Tens
     above it the neurons of the edited run have other activations, and what is taken off is the clean amount. Raises
     InputError when the rows do not fit.
     """
-    positions = _positions(positions)
+    positions = as_positions(positions)
     rows = _donor_rows(part, positions)
     return Edit(layer, positions, lambda c: c - rows.to(c), "without_neurons")
 
@@ -537,7 +368,7 @@ def _norm(norm: float) -> float:
 
 
 def _one(position: int) -> int:
-    return _whole(position, "the sink's position")
+    return as_whole(position, "the sink's position")
 
 
 def _donor_rows(donor: Float[Tensor, "pos d_model"], positions: tuple[int, ...]) -> Contribution:

@@ -16,31 +16,29 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks
+from sink_circuits.edited_runs import first_edit, run_edited
+from sink_circuits.edits import Contribution
 from sink_circuits.errors import ResultError
-from sink_circuits.experiments import (
-    REMOVALS,
-    EditsOf,
-    _changes_nothing,
-    _check_options,
-    _check_sinks,
-    _chunks,
-    _name,
-    _prepare,
-    _rows_per_batch,
-    _several,
-    check_labels,
-    check_parts,
-    plan_of,
-    removal,
-)
+from sink_circuits.experiments import at_layers, prepare_removal
 from sink_circuits.groups import KeyGroups
-from sink_circuits.interventions import Contribution, Edit
+from sink_circuits.measurement import (
+    EditsOf,
+    change_nothing,
+    check_handed_on,
+    check_labels,
+    check_options,
+    check_parts,
+    check_sinks,
+    chunks,
+    plan_of,
+    rows_per_batch,
+)
 from sink_circuits.models import Adapter, adapt
-from sink_circuits.paths import check_options
+from sink_circuits.paths import OPTIONS
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import first_edit, run_clean, run_edited
 from sink_circuits.scores import MIN_QUERIES
 
 GROUPS = ("treated", "primary", "other sinks", "before", "after", "self", "learned sink")
@@ -163,20 +161,13 @@ def mass_account(
     those to treat (for "mean" looked for when None, the groups still being of those given). The axis `edit` has one label, the
     intervention's name. Options (`paths.OPTIONS`) as in `measure`. Raises InputError.
     """
-    name = _name(intervention, "intervention", REMOVALS)
-    check_options(options)
-    layers = None if layers is None else _several(layers)
+    check_handed_on(options, OPTIONS)
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
-    given = sinks
-    _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
-    settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
-    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
-
-    def edits(label: str, row: pd.Series) -> tuple[Edit, ...]:
-        return tuple(made(one, row) for one in layers_of(row))
-
-    return measure_mass(model, tokens, sinks, [name], edits, found=found, settings=settings, **options)
+    name, treated, made = prepare_removal(model, tokens, sinks, layer, layers, forming, intervention, found, options)
+    edits = at_layers(treated.layers_of, made)
+    settings = {"layers": treated.layers_said, "intervention": name}
+    return measure_mass(model, tokens, treated.sinks, [name], edits, found=found, settings=settings, **options)
 
 
 def measure_mass(
@@ -190,18 +181,18 @@ def measure_mass(
     made and checked before the first forward pass. Raises InputError.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
+    check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
     labels = check_labels(labels)
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     tokens = as_tokens(model, tokens, attention_mask)
-    table = _check_sinks(sinks, tokens, adapter.n_layers)
+    table = check_sinks(sinks, tokens, adapter.n_layers)
     known = table if found is None else pd.concat([table, found.table], ignore_index=True)
     plan = plan_of(edits_of, labels, table)
     for prompt, cells in zip(table["prompt"], plan, strict=True):
         for cell in cells:
             check_parts(cell, adapter, len(tokens.ids[tokens.names.index(prompt)]))
-    rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
+    rows_of = rows_per_batch(adapter, tokens, table, path, memory)
     shape = (adapter.n_layers, adapter.n_heads, len(GROUPS))
     clean_mass = np.full((len(table), *shape), np.nan, dtype=np.float32)
     mass = np.full((len(table), len(labels), *shape), np.nan, dtype=np.float32)
@@ -230,9 +221,9 @@ def measure_mass(
             clean_mass[some] = torch.stack(run.mass).numpy()
         mass[rows] = clean_mass[rows][:, None]
         treated = [(plan[sink][label], (int(sink), label)) for sink in rows for label in range(len(labels))]
-        treated = [(edits, at) for edits, at in treated if not _changes_nothing((edits, []))]
+        treated = [(edits, at) for edits, at in treated if not change_nothing((edits, []))]
         treated.sort(key=lambda cell: (first_edit(cell[0]), cell[1]))
-        for chunk in _chunks(treated, batch_size or rows_of[prompt]):
+        for chunk in chunks(treated, batch_size or rows_of[prompt]):
             asked = [[groups[sink]] for _, (sink, _) in chunk]
             runs = run_edited(model, clean, [edits for edits, _ in chunk], groups=asked, path=path)
             for run, (_, (sink, label)) in zip(runs, chunk, strict=True):

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sink_circuits import arguments
 from sink_circuits.arguments import is_whole, shown
+from sink_circuits.clean_runs import CleanRun, Columns
 from sink_circuits.detection import Thresholds, layer_runs, split_phases
+from sink_circuits.edited_runs import EditedRun
 from sink_circuits.errors import InputError
-from sink_circuits.runs import CleanRun, Columns, EditedRun
 from sink_circuits.scores import column_log_odds, column_scores
 
 OutcomeFunction = Callable[[CleanRun, EditedRun, pd.Series], Tensor]

@@ -30,26 +30,17 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.clean_runs import CleanRun, run_clean
 from sink_circuits.detection import Sinks
+from sink_circuits.edited_runs import EditedRun, run_edited
+from sink_circuits.edits import Contribution, Edit
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import (
-    REMOVALS,
-    _check_options,
-    _name,
-    _prepare,
-    _rows_per_batch,
-    _several,
-    as_parts,
-    check_found,
-    measure,
-    removal,
-)
+from sink_circuits.experiments import at_layers, check_found, prepare_removal
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
-from sink_circuits.interventions import Contribution, Edit
+from sink_circuits.measurement import as_parts, check_handed_on, check_options, measure, rows_per_batch
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
-from sink_circuits.runs import CleanRun, EditedRun, run_clean, run_edited
 from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores
 
 OWN_STREAM = (Hold("resid_post", positions="others"),)
@@ -225,31 +216,19 @@ def path_effects(
     (`OPTIONS`) as in `measure`, and `norm_scales` as in `measure_paths`. Takes one row for the total and 6 + len(holds) for the
     others. Raises InputError, also for a hold that reaches nothing.
     """
-    name = _name(intervention, "intervention", REMOVALS)
-    check_options(options)
-    layers = None if layers is None else _several(layers)
-    check_found(found, intervention)
-    given = sinks
-    _, sinks, layers_of = _prepare(model, tokens, sinks, layer, layers, forming, options)
-    settings = {"layers": str(layer if layers is None else list(layers)), "intervention": name}
-    made = removal(model, tokens, sinks, intervention, sinks if given is None else found, options)
-
-    def edits_of(row: pd.Series) -> tuple[Edit, ...]:
-        return tuple(made(one, row) for one in layers_of(row))
-
-    return measure_paths(
-        model, tokens, sinks, edits_of, holds=holds, norm_scales=norm_scales, settings=settings, **options
+    check_handed_on(options, OPTIONS)
+    name, treated, made = prepare_removal(
+        model, tokens, sinks, layer, layers, forming, intervention, check_found(found, intervention), options
     )
+    edits = at_layers(treated.layers_of, made)
+    settings = {"layers": treated.layers_said, "intervention": name}
+    return measure_paths(
+        model, tokens, treated.sinks, lambda row: edits(name, row), holds=holds, norm_scales=norm_scales, settings=settings, **options
+    )  # fmt: skip
 
 
 OPTIONS = ("min_queries", "batch_size", "memory", "attention_mask", "clean_cache", "path", "verbose")
 """Options of `measure` that paths and mass accounts take too."""
-
-
-def check_options(options: Mapping) -> None:
-    """Raises InputError for an option that is none of `OPTIONS`."""
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        raise InputError(f"option {unknown[0]!r} is unknown here: there are {', '.join(OPTIONS)}.")
 
 
 def measure_paths(
@@ -265,7 +244,7 @@ def measure_paths(
     are the clean run: copied, all effects exactly 0. All edits and holds are checked before the first forward pass.
     """
     adapter = adapt(model)
-    _check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
+    check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
     holds = tuple(_check_hold(hold) for hold in arguments.several(holds, "holds", empty=True))
     arguments.function(edits_of, "edits_of", "a row of the sink table")
     if len({hold.label for hold in holds}) < len(holds):
@@ -292,7 +271,7 @@ def measure_paths(
         settings={**(settings or {}), "holds": [hold.label for hold in holds], "norm_scales": scales},
     )  # fmt: skip
     table = total.table
-    rows_of = _rows_per_batch(adapter, tokens, table, path, memory)
+    rows_of = rows_per_batch(adapter, tokens, table, path, memory)
     values = {name: np.repeat(total.data[name].to_numpy(), len(runs), axis=1) for name in OUTCOMES}
     held_runs = [(index, held) for index, held in enumerate(runs.values()) if held]
     bar = tqdm(total=len(table) * len(held_runs), desc="paths", unit="run", disable=not verbose)

@@ -20,6 +20,7 @@ import torch
 
 from sink_circuits import arguments, study_page
 from sink_circuits.arguments import shown
+from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import (
     COLUMNS,
     Sinks,
@@ -36,7 +37,6 @@ from sink_circuits.models import adapt, load_model
 from sink_circuits.prompts import PromptSet, Tokens, token_texts
 from sink_circuits.records import Record, read_records, record_of, write_records
 from sink_circuits.results import check_target, write_whole
-from sink_circuits.runs import run_clean
 from sink_circuits.scores import scores_of
 from sink_circuits.study_figures import FIGURES, LEVELS, StudyFigure, Subject
 from sink_circuits.study_folder import (

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sink_circuits import arguments
 from sink_circuits.arguments import MOST, is_whole, shown
+from sink_circuits.clean_runs import CleanRun, Columns, check_chosen, resolve_path, run_clean
 from sink_circuits.errors import InputError
 from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.runs import CleanRun, Columns, check_chosen, resolve_path, run_clean
 
 MIN_QUERIES = 16
 """Later queries that a score needs: the mean of fewer is dominated by which tokens they happen to be."""

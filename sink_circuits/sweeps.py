@@ -35,16 +35,18 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.clean_runs import resolve_path
 from sink_circuits.detection import Sinks, find_sinks
+from sink_circuits.edits import Edit
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError, SinkCircuitsError
-from sink_circuits.experiments import Effect, dosed, layer_map, measure
-from sink_circuits.interventions import Edit
+from sink_circuits.experiments import dosed, layer_map
+from sink_circuits.measurement import measure
 from sink_circuits.memory import need_of, rows_within
 from sink_circuits.models import adapt, load_model
 from sink_circuits.outcomes import Outcome, as_outcomes
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens
 from sink_circuits.results import FORMAT, Manifest, check_target, write_whole
-from sink_circuits.runs import resolve_path
 from sink_circuits.studies import Study, fingerprint, own_function
 from sink_circuits.sweep_results import (
     FAILURES,

@@ -16,14 +16,16 @@ import pandas as pd
 import torch
 
 from sink_circuits import arguments
-from sink_circuits.controls import _moved, match_positions
+from sink_circuits.clean_runs import run_clean
+from sink_circuits.controls import match_positions, moved
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
+from sink_circuits.edits import Edit, compose
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
-from sink_circuits.experiments import _prepare, _several, measure
-from sink_circuits.interventions import Edit, compose, random_direction, replace, write_along
+from sink_circuits.experiments import prepare
+from sink_circuits.interventions import random_direction, replace, write_along
+from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens
-from sink_circuits.runs import run_clean
 
 EDITS = ("transplant", "transplant_norm")
 """The edits, by the names of the interventions they are; "random_direction 0" and so on follow."""
@@ -56,17 +58,17 @@ def sufficiency(
     if options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError("transplants are made in texts of their own length: leave out attention_mask and clean_cache.")
     n_random = arguments.whole(n_random, "n_random")
-    joint = None if layers is None else _several(layers)
-    tokens, sinks, layers_of = _prepare(model, tokens, sinks, layer, joint, forming, options)
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, options)
+    tokens, sinks = prepared.tokens, prepared.sinks
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=options.get("verbose", True)) if found is None else found
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    own_layers = [layers_of(row) for _, row in table.iterrows()]
+    own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
     chosen = _stand_ins(model, tokens, treated, found, path) if onto is None else _given(onto, tokens, treated, found)
-    at = _moved(treated, tokens, range(len(table)), chosen["pos"].tolist(), chosen["control"].tolist())
+    at = moved(treated, tokens, range(len(table)), chosen["pos"].tolist(), chosen["control"].tolist())
     at = Sinks(at.table.assign(donor_pos=table["pos"]), at.prompts, at.manifest)
     written = _written(model, tokens, table, own_layers, path)
 
@@ -75,7 +77,7 @@ def sufficiency(
         return tuple(_edit(label, one, row, written[index]) for one in own_layers[index])
 
     labels = [*EDITS, *(f"random_direction {draw}" for draw in range(n_random))]
-    settings = {"layers": str(layer if joint is None else list(joint)), "n_random": n_random}
+    settings = {"layers": prepared.layers_said, "n_random": n_random}
     return measure(model, tokens, at, labels, edits, what="sufficiency", settings=settings, **options)
 
 

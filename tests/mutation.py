@@ -40,8 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "scores": ("test_scores", "test_detection"),
     "detection": ("test_detection", "test_official", "test_directions"),
+    "edits": ("test_interventions",),
     "interventions": ("test_interventions",),
-    "runs": ("test_runs", "test_scores", "test_mass"),
+    "clean_runs": ("test_runs", "test_scores", "test_mass"),
+    "edited_runs": ("test_runs", "test_scores", "test_mass"),
     "statistics": ("test_statistics",),
 }
 """Of each module the test files that must notice; slow tests are left out, as in `make test`."""

@@ -50,6 +50,17 @@ def test_a_planted_sink_supports_the_claims_that_were_planted():
     assert set(result.sinks["prompt"]) <= set(split["confirmation"])
 
 
+def test_a_joint_control_edits_as_many_tokens_as_there_are_sinks():
+    """Two sinks of p1 share their neighbour, one of p2 has none: only p0 can be compared."""
+    table = pd.DataFrame({"prompt": ["p0", "p0", "p1", "p1", "p2", "p2"], "pos": [9, 20, 9, 11, 9, 30]})
+    nearby = pd.DataFrame({"sink": range(6), "control": "same range", "pos": [10, 21, 10, 10, 10, -1]})
+    matches = pd.concat([nearby.assign(control="same token", pos=5), nearby], ignore_index=True)
+    of, at = claims._as_many_ordinary(sc.Sinks(table, texts().names, None), matches, texts())
+    assert of == [0, 1]
+    assert at.table[["prompt", "pos"]].values.tolist() == [["p0", 10], ["p0", 21]]
+    assert at.table["token_id"].tolist() == [int(texts().ids[0][10]), int(texts().ids[0][21])]
+
+
 def test_the_controls_stand_beside_the_verdicts():
     """What the hypotheses subtract is what the table shows, and "necessary" is the difference to the same range."""
     result = on_the_plant()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_planted import CARRIED, centred, cosine_with_primary, norm_ratio, score
 
 import sink_circuits as sc
+from sink_circuits.clean_runs import CleanRun
 from sink_circuits.detection import (
     COLUMNS,
     find_primary,
@@ -24,7 +25,6 @@ from sink_circuits.detection import (
     split_phases,
 )
 from sink_circuits.errors import CacheError, InputError, ResultError
-from sink_circuits.runs import CleanRun
 
 PRIMARY, SECONDARY = ("primary", 2, 20), ("secondary", 6, 12)
 

@@ -18,10 +18,10 @@ from common import BACKENDS, REAL, SINK, by_hand, lens, no_forward_pass, prompt,
 from test_statistics import percentile_bootstrap
 
 import sink_circuits as sc
+from sink_circuits.edits import Edit
 from sink_circuits.effects import interaction
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import mean_contributions, resolve_layers
-from sink_circuits.interventions import Edit
 from sink_circuits.results import Manifest
 
 TEXTS = (prompt(), prompt((30, 55), 96, "b"))

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 import sink_circuits as sc
 from sink_circuits import anatomy, arguments, calibration, planted, records, statistics
 from sink_circuits.arguments import shown
+from sink_circuits.clean_runs import CleanRun
 from sink_circuits.cli import main
 from sink_circuits.errors import InputError, SinkCircuitsError
 from sink_circuits.outcomes import as_outcomes
-from sink_circuits.runs import CleanRun
 
 N_LAYERS, N_TOKENS = 24, 96
 

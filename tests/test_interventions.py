@@ -201,8 +201,8 @@ def test_norm_and_direction_of_one_donor_make_the_donor(seed, size, donor_size):
     assert close(cosines(by_norm.apply(c), c), torch.ones(3).double())
     assert close(by_direction.apply(c).norm(dim=-1), c.norm(dim=-1))
     assert close(cosines(by_direction.apply(c), donor), torch.ones(3).double())
-    assert close(iv.compose(by_norm, by_direction).apply(c), donor)
-    assert close(iv.compose(by_direction, by_norm).apply(c), donor)
+    assert close(sc.compose(by_norm, by_direction).apply(c), donor)
+    assert close(sc.compose(by_direction, by_norm).apply(c), donor)
 
 
 @given(seed=seeds, size=norms, length=norms)
@@ -215,14 +215,14 @@ def test_kept_and_removed_direction_add_up(seed, size, length):
     assert close(remove.apply(rest), rest)
     assert close(cosines(kept, direction).abs(), torch.ones(3).double())
     assert close(rest @ direction / (size * length), torch.zeros(3).double())
-    assert close(iv.compose(keep, remove).apply(c) / size, torch.zeros(3, 7).double())
+    assert close(sc.compose(keep, remove).apply(c) / size, torch.zeros(3, 7).double())
     assert close(iv.keep_direction(5, AT, -direction).apply(c), kept)  # a direction's sign does not matter here
 
 
 @given(seed=seeds, factors=st.lists(st.floats(0, 10), min_size=1, max_size=4))
 def test_rescaling_composes_to_the_product(seed, factors):
     c = drawn(3, 7, seed=seed)
-    edit = iv.compose(*(iv.rescale(5, AT, factor) for factor in factors))
+    edit = sc.compose(*(iv.rescale(5, AT, factor) for factor in factors))
     assert close(edit.apply(c), c * math.prod(factors))
     assert edit.changes_nothing == all(factor == 1 for factor in factors)
 
@@ -273,7 +273,7 @@ def test_random_directions_are_those_of_their_names():
 @given(seed=seeds, size=norms, factor=st.floats(0, 5))
 def test_a_random_perturbation_moves_as_far_as_the_edit(seed, size, factor):
     c = drawn(3, 64, seed=seed) * size
-    edit = iv.compose(iv.rescale(5, AT, factor), iv.custom(5, AT, lambda x: x + size, "shift"))
+    edit = sc.compose(iv.rescale(5, AT, factor), sc.custom(5, AT, lambda x: x + size, "shift"))
     perturbed = iv.random_perturbation(edit, "control", seed)
     moved = perturbed.apply(c) - c
     assert close(moved.norm(dim=-1) / size, (edit.apply(c) - c).norm(dim=-1) / size)
@@ -323,13 +323,13 @@ def test_writing_along_a_direction_forgets_the_contribution():
 
 def test_edits_compose_in_order_and_windows_are_tuples():
     c = drawn(3, 7)
-    both = iv.compose(iv.set_norm(5, AT, 8.0), iv.custom(5, AT, lambda x: x + 1, "shift"))
+    both = sc.compose(iv.set_norm(5, AT, 8.0), sc.custom(5, AT, lambda x: x + 1, "shift"))
     assert close(both.apply(c), 8 * c / c.norm(dim=-1, keepdim=True) + 1)
     assert both.name == "set_norm then shift"
-    again = iv.compose(both, iv.rescale(5, AT, 0.5))  # an edit of an edit of an edit
+    again = sc.compose(both, iv.rescale(5, AT, 0.5))  # an edit of an edit of an edit
     assert close(again.apply(c), both.apply(c) / 2)
-    assert iv.compose(iv.rescale(5, AT, 1), iv.zero(5, AT)).name == "zero"
-    edits = iv.window(range(3, 6), lambda layer: iv.rescale(layer, 7, layer))
+    assert sc.compose(iv.rescale(5, AT, 1), iv.zero(5, AT)).name == "zero"
+    edits = sc.window(range(3, 6), lambda layer: iv.rescale(layer, 7, layer))
     assert [(edit.layer, edit.parameter) for edit in edits] == [(3, 3.0), (4, 4.0), (5, 5.0)]
 
 
@@ -337,10 +337,10 @@ def test_a_function_of_ones_own_is_an_edit():
     def halved_and_turned(c):
         return -c / 2
 
-    edit = iv.custom(5, AT, halved_and_turned)
+    edit = sc.custom(5, AT, halved_and_turned)
     assert (edit.name, edit.positions, edit.layer) == ("halved_and_turned", AT, 5)
     assert torch.equal(edit.apply(drawn(3, 7)), -drawn(3, 7) / 2)
-    assert iv.custom(5, 4, torch.neg, "turned", 2.0).parameter == 2.0
+    assert sc.custom(5, 4, torch.neg, "turned", 2.0).parameter == 2.0
 
 
 # Donors, from runs that are made up: position and token id stand in the last two numbers of each contribution.
@@ -466,12 +466,12 @@ RUN = made_up(0, 5, 6)
         (lambda: iv.swap_norm(3, (5, 6, 7), torch.ones(2, 4)), r"2 donor rows for 3 positions"),
         (lambda: iv.swap_direction(3, 5, torch.ones(1, 1, 4)), r"shape \(1, 1, 4\) has no rows to give"),
         (lambda: iv.without_neurons(3, (5, 6, 7), torch.ones(2, 4)), r"2 donor rows for 3 positions"),
-        (lambda: iv.custom(3, 5, "zero"), r"function 'zero' cannot be called"),
-        (lambda: iv.compose(), r"compose was given no edits"),
-        (lambda: iv.compose(iv.zero(3, 5), iv.zero(4, 5)), r"layer 3 at \(5,\) and of layer 4 at \(5,\) do not compose"),
-        (lambda: iv.compose(iv.zero(3, (5, 6)), iv.zero(3, (6, 5))), r"do not compose: give the same layer and positions"),
-        (lambda: iv.window([], lambda layer: iv.zero(layer, 5)), r"name each layer of a window once, and at least one"),
-        (lambda: iv.window([3, 3], lambda layer: iv.zero(layer, 5)), r"layers \[3, 3\]: name each layer"),
+        (lambda: sc.custom(3, 5, "zero"), r"function 'zero' cannot be called"),
+        (lambda: sc.compose(), r"compose was given no edits"),
+        (lambda: sc.compose(iv.zero(3, 5), iv.zero(4, 5)), r"layer 3 at \(5,\) and of layer 4 at \(5,\) do not compose"),
+        (lambda: sc.compose(iv.zero(3, (5, 6)), iv.zero(3, (6, 5))), r"do not compose: give the same layer and positions"),
+        (lambda: sc.window([], lambda layer: iv.zero(layer, 5)), r"name each layer of a window once, and at least one"),
+        (lambda: sc.window([3, 3], lambda layer: iv.zero(layer, 5)), r"layers \[3, 3\]: name each layer"),
         (lambda: iv.patch(3, 1, RUN), r"layer 3 is out of range: the model has layers 0\.\.2"),
         (lambda: iv.patch(1, 3, RUN), r"position 3 is out of range: the text has positions 0\.\.2"),
         (lambda: iv.patch(1, (0, 1, 2), RUN, (0, 1)), r"2 donor rows for 3 positions"),
@@ -533,7 +533,7 @@ def test_the_transplanted_contribution_makes_a_sink_and_random_directions_do_not
     assert score_by_hand(ORDINARY, iv.swap_norm(6, ORDINARY, clean.contribution[6, SINK])) < 0.01  # the norm alone
     assert score_by_hand(ORDINARY, iv.swap_direction(6, ORDINARY, clean.contribution[6, SINK])) < 0.01
     for seed in range(20):
-        control = iv.compose(transplant, iv.random_direction(6, ORDINARY, "control", seed))
+        control = sc.compose(transplant, iv.random_direction(6, ORDINARY, "control", seed))
         assert score_by_hand(ORDINARY, control) < 0.02
 
 
@@ -542,7 +542,7 @@ def test_the_direction_alone_is_the_sink(clean):
     sink = score_by_hand(SINK)
 
     def both(make):
-        return score_by_hand(SINK, *iv.window((6, 7), make))
+        return score_by_hand(SINK, *sc.window((6, 7), make))
 
     assert both(lambda layer: iv.keep_direction(layer, SINK, direction)) == pytest.approx(sink, abs=0.01)
     assert both(lambda layer: iv.remove_direction(layer, SINK, direction)) < 0.01
@@ -559,9 +559,9 @@ def test_noising_breaks_the_sink_and_denoising_restores_it(clean):
     """Clean: the secondary token at 40. Corrupted: the same text with an ordinary token there."""
     corrupted_tokens = prompt(sinks=())
     corrupted = sc.run_clean(lens(), corrupted_tokens)
-    noised = score_by_hand(SINK, *iv.window((6, 7), lambda layer: iv.noising(layer, SINK, corrupted)))
+    noised = score_by_hand(SINK, *sc.window((6, 7), lambda layer: iv.noising(layer, SINK, corrupted)))
     denoised = score_by_hand(
-        SINK, *iv.window((6, 7), lambda layer: iv.denoising(layer, SINK, clean)), tokens=corrupted_tokens
+        SINK, *sc.window((6, 7), lambda layer: iv.denoising(layer, SINK, clean)), tokens=corrupted_tokens
     )
     assert score_by_hand(SINK, tokens=corrupted_tokens) < 0.01
     assert noised < 0.01
@@ -570,9 +570,9 @@ def test_noising_breaks_the_sink_and_denoising_restores_it(clean):
 
 def test_resampling_a_sink_token_from_other_sinks_leaves_the_sink(clean):
     other = sc.run_clean(lens(), prompt(sinks=(20, 70), seed_name="other"))
-    edits = iv.window((6, 7), lambda layer: iv.resample(layer, SINK, clean, [clean, other], name="x"))
+    edits = sc.window((6, 7), lambda layer: iv.resample(layer, SINK, clean, [clean, other], name="x"))
     assert score_by_hand(SINK, *edits) == pytest.approx(score_by_hand(SINK), abs=0.02)
-    mean = iv.window((6, 7), lambda layer: iv.mean_over_same_token(layer, SINK, clean, [other]))
+    mean = sc.window((6, 7), lambda layer: iv.mean_over_same_token(layer, SINK, clean, [other]))
     assert score_by_hand(SINK, *mean) == pytest.approx(score_by_hand(SINK), abs=0.02)
 
 
@@ -581,9 +581,9 @@ def test_edited_runs_are_those_of_the_pass_written_by_hand(clean, path):
     direction = subject().truth.direction
     rows = [
         [iv.transplant(6, ORDINARY, clean, SINK)],
-        [iv.compose(iv.transplant(6, ORDINARY, clean, SINK), iv.random_direction(6, ORDINARY, "x"))],
-        list(iv.window((6, 7), lambda layer: iv.remove_direction(layer, SINK, direction))),
-        list(iv.window((6, 7), lambda layer: iv.set_norm(layer, SINK, 10.0))),
+        [sc.compose(iv.transplant(6, ORDINARY, clean, SINK), iv.random_direction(6, ORDINARY, "x"))],
+        list(sc.window((6, 7), lambda layer: iv.remove_direction(layer, SINK, direction))),
+        list(sc.window((6, 7), lambda layer: iv.set_norm(layer, SINK, 10.0))),
     ]
     own = clean if path == "fast" else sc.run_clean(lens(), prompt(), chosen=(0, SINK, ORDINARY), path=path)
     for edits, run in zip(rows, sc.run_edited(lens(), own, rows, path=path), strict=True):
@@ -652,5 +652,5 @@ def test_the_planted_neuron_is_the_sink(clean):
         assert close(sum(parts[layer])[0], clean.contribution[layer, SINK], 1e-5)
     first = [iv.without_neurons(6, SINK, parts[6][0]), iv.zero(7, SINK)]
     assert score_by_hand(SINK, *first) < 0.01
-    others = iv.window((6, 7), lambda layer: iv.without_neurons(layer, SINK, parts[layer][1]))
+    others = sc.window((6, 7), lambda layer: iv.without_neurons(layer, SINK, parts[layer][1]))
     assert score_by_hand(SINK, *others) == pytest.approx(score_by_hand(SINK), abs=0.01)

@@ -7,7 +7,7 @@ import torch
 from common import BACKENDS, lens
 
 import sink_circuits as sc
-from sink_circuits import invariants, runs
+from sink_circuits import invariants
 from sink_circuits.invariants import check_invariants
 
 
@@ -22,7 +22,7 @@ def test_a_run_that_ignores_edits_is_found_out(monkeypatch):
     """The edited rows come back as if nothing had been edited."""
 
     def deaf(model, clean, rows, **options):
-        return runs.run_edited(model, clean, [() for _ in rows], **options)
+        return sc.run_edited(model, clean, [() for _ in rows], **options)
 
     monkeypatch.setattr(invariants, "run_edited", deaf)
     failed = {check.name for check in check_invariants(lens()) if not check.passed}
@@ -33,7 +33,7 @@ def test_a_run_that_leaks_is_found_out(monkeypatch):
     """A rounding error in the layers below the edit, another in the no-op's row."""
 
     def leaking(model, clean, rows, **options):
-        out = runs.run_edited(model, clean, rows, **options)
+        out = sc.run_edited(model, clean, rows, **options)
         out[1].resid_post_chosen[-1] += 1e-3
         out[2].columns.log_attention[0] += 1e-6
         return out

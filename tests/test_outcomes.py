@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import experiments, outcomes
+from sink_circuits import measurement, outcomes
+from sink_circuits.clean_runs import CleanRun, Columns
+from sink_circuits.edited_runs import EditedRun
 from sink_circuits.errors import InputError
 from sink_circuits.outcomes import Definitions, Medians, Outcome, as_outcomes, key_column, resid_post_at
-from sink_circuits.runs import CleanRun, Columns, EditedRun
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "your_own_intervention_and_outcome.md"
 TEXTS = (prompt(), prompt((30, 55), 96, "b"))
@@ -315,14 +316,14 @@ def broken(clean, edited, sink):
     ],
 )  # fmt: skip
 def test_outcomes_that_do_not_work_are_refused_before_any_edited_run(monkeypatch, function, message):
-    monkeypatch.setattr(experiments, "run_edited", None)
+    monkeypatch.setattr(measurement, "run_edited", None)
     with pytest.raises(InputError, match=message) as refused:
         ablated(outcomes={"mine": function})
     assert "\n" not in str(refused.value)
 
 
 def test_outcomes_that_do_not_work_are_refused_before_forming_layers_are_mapped(monkeypatch):
-    monkeypatch.setattr(experiments, "run_edited", None)
+    monkeypatch.setattr(measurement, "run_edited", None)
     with pytest.raises(InputError, match="outcome 'broken' failed"):
         sc.ablate(lens(), list(TEXTS), found().select("secondary"), layer="forming", outcomes=[broken], verbose=False)
 

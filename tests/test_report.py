@@ -16,8 +16,8 @@ from test_figures import HOSTILE, Elements
 import sink_circuits as sc
 from sink_circuits import figures, planted, report
 from sink_circuits.detection import Sinks
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.experiments import Effect
 from sink_circuits.report import page as page_module
 from sink_circuits.report import text as words
 from sink_circuits.report.sections import causal_sections, lift_title
@@ -152,6 +152,21 @@ def test_results_of_two_models_are_refused(made):
     effect = Effect("layer_map", made.effects[0].data, made.effects[0].table, other)
     with pytest.raises(ResultError, match="of 2 different models"):
         page_of(made, results=[effect])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.assign(norm_ratio="large"), "column 'norm_ratio' holds no numbers"),
+        (lambda table: table.assign(pos=True), "column 'pos' holds no numbers"),
+        (lambda table: table.drop(columns="l_end"), "lacks the column 'l_end'"),
+        (lambda table: table.to_dict(), "table is of type dict"),
+    ],
+)
+def test_a_table_altered_by_hand_is_refused(made, change, message):
+    sinks = made.sinks
+    with pytest.raises(InputError, match=message):
+        page_of(made, sinks=Sinks(change(sinks.table), sinks.prompts, sinks.manifest))
 
 
 def test_texts_and_scores_must_fit(made):

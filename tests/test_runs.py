@@ -16,10 +16,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sink_circuits as sc
 from sink_circuits import planted
+from sink_circuits.clean_runs import Columns, clean_loss, resolve_path
+from sink_circuits.edited_runs import batches
 from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
 from sink_circuits.holds import Hold
 from sink_circuits.losses import Unembedding, next_token_kl, next_token_loss
-from sink_circuits.runs import batches, clean_loss, resolve_path
 from sink_circuits.scores import column_log_odds, column_scores
 
 FULL = [None] * 24
@@ -66,7 +67,7 @@ def cases(*names: str) -> list[tuple[str, str, str]]:
     return [(*path, name) for path in PATHS for name in (names[:2] if path == slow else names)]
 
 
-def check_columns(columns: sc.runs.Columns, pattern: torch.Tensor) -> None:
+def check_columns(columns: Columns, pattern: torch.Tensor) -> None:
     chosen = list(columns.chosen)
     scores = hand.sink_scores(pattern)[..., chosen]
     assert (column_scores(columns, FULL, 1) - scores).abs().max() < 2e-5
@@ -165,7 +166,7 @@ def test_a_users_function_is_called_in_order_and_from_the_users_thread(layers):
 def test_what_fails_on_a_thread_is_told(monkeypatch):
     clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN)
     rows = [[sc.zero(layer, SINK)] for layer in (6, 7, 8)]
-    monkeypatch.setattr(sc.runs, "_n_expected", lambda *given: 99)
+    monkeypatch.setattr("sink_circuits.edited_runs._n_expected", lambda *given: 99)
     with threads_of(2), pytest.raises(RuntimeError, match="99 edits and holds were asked for and 1 were made"):
         sc.run_edited(lens(), clean, rows, path="fast")
     monkeypatch.undo()

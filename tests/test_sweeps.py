@@ -30,9 +30,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import cli, experiments, results, scores, sweeps
+from sink_circuits import cli, experiments, measurement, results, scores, sweeps
+from sink_circuits.edits import Edit
 from sink_circuits.errors import InputError, ModelError, ResultError
-from sink_circuits.interventions import Edit
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.studies import Study, Texts, own_function, read_study, read_token_file
 from sink_circuits.sweeps import Answer, Cell, Facts, Question, SweepResult, WorkerPool, load_sweep, sweep
@@ -431,7 +431,7 @@ def test_nothing_is_run_for_the_factor_1(monkeypatch):
     run = sc.measure(
         lens(), [tokens], sinks, [1.0], lambda factor, row: (Edit(6, (pos,), lambda c: c * 1.0),), what="run", loss=True, verbose=False
     )  # fmt: skip
-    monkeypatch.setattr(experiments, "run_edited", None)
+    monkeypatch.setattr(measurement, "run_edited", None)
     for path in ("fast", "reference"):
         options = {"loss": True, "verbose": False, "path": path}
         copied = sc.dose_response(lens(), [tokens], sinks, layer=6, factors=[1], **options)

@@ -28,9 +28,11 @@ from sink_circuits.anatomy.reading import (
 )
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks, primary_direction
+from sink_circuits.edits import Edit
+from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
-from sink_circuits.experiments import Effect, measure
-from sink_circuits.interventions import Edit, neuron_contribution, part_through_norm, without_neurons
+from sink_circuits.interventions import neuron_contribution, part_through_norm, without_neurons
+from sink_circuits.measurement import measure
 from sink_circuits.statistics import seed_of
 
 

@@ -24,10 +24,10 @@ from sink_circuits.anatomy.reading import (
     texts,
 )
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
+from sink_circuits.clean_runs import CleanRun
 from sink_circuits.detection import Sinks, primary_direction
 from sink_circuits.errors import InputError, ModelError
 from sink_circuits.models import adapt
-from sink_circuits.runs import CleanRun
 
 PARTS = ("embed", "head", "attn_bias", "attn", "mlp")
 DIRECTIONS = ("start", "life", "end")

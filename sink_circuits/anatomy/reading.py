@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.clean_runs import CleanRun, run_clean
 from sink_circuits.detection import Sinks, Thresholds, find_primary, geometry_of
 from sink_circuits.errors import InputError, ModelError
-from sink_circuits.experiments import _check_sinks, layer_map, resolve_layers
+from sink_circuits.experiments import layer_map, resolve_layers
+from sink_circuits.measurement import check_sinks
 from sink_circuits.models import TOLERANCES, adapt, backend_of, relative_error
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest
-from sink_circuits.runs import CleanRun, run_clean
 from sink_circuits.statistics import seed_of
 
 SKIP_FIRST = 4
@@ -50,7 +51,7 @@ def prepare(model, tokens, sinks: Sinks, attention_mask=None, verbose: bool = Tr
     arguments.flag(verbose, "verbose")
     adapt(model)  # refuses what is no model
     tokens = as_tokens(model, tokens, attention_mask)
-    return tokens, _check_sinks(sinks, tokens, model.cfg.n_layers)
+    return tokens, check_sinks(sinks, tokens, model.cfg.n_layers)
 
 
 def texts(

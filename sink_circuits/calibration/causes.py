@@ -22,8 +22,9 @@ from sink_circuits.calibration.subjects import (
     lives_of,
     logits_of,
 )
-from sink_circuits.experiments import ablate, dose_response, layer_map, measure
+from sink_circuits.experiments import ablate, dose_response, layer_map
 from sink_circuits.interventions import neuron_contribution, part_through_norm, without_neurons
+from sink_circuits.measurement import measure
 from sink_circuits.planted import Plant, Sink
 from sink_circuits.planted.architectures import EPS
 from sink_circuits.planted.closed_form import dose_curve

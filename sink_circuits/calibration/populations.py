@@ -9,8 +9,11 @@ from torch import Tensor
 from sink_circuits import statistics
 from sink_circuits.calibration.plain import PLAIN_TOLERANCE, plain_effects
 from sink_circuits.calibration.subjects import LEVEL, Answer, Row, Subject, answer
-from sink_circuits.experiments import Effect, dose_response, layer_map, measure
-from sink_circuits.interventions import Edit, zero
+from sink_circuits.edits import Edit
+from sink_circuits.effects import Effect
+from sink_circuits.experiments import dose_response, layer_map
+from sink_circuits.interventions import zero
+from sink_circuits.measurement import measure
 
 N_POOL, N_POWER, N_NULL = 16, 8, 10
 """Prompts of the population that intervals are to cover; those with controls; those of a null test."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -129,12 +129,12 @@ def calibrate(
     if executor is not None:
         arguments.function(getattr(executor, "submit", executor), "executor", "submit(function, ...)")
     arguments.flag(verbose, "verbose")
-    work: list[Callable[[], Judged]] = [
+    work: Iterator[Callable[[], Judged]] = (
         functools.partial(judge, f"{seed}/{number}", variants[number % len(variants)], backend, asked)
         for judge, n, asked in ((judge_plant, n_plants, judges), (judge_null_plant, n_null, null_judges))
         for number in range(n)
-    ]
-    bar = tqdm(total=len(work), desc="calibrating", unit="plant", disable=not verbose)
+    )
+    bar = tqdm(total=n_plants + n_null, desc="calibrating", unit="plant", disable=not verbose)
     judged = []
     if executor is None:
         results: Iterable[Judged] = (one() for one in work)

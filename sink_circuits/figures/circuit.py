@@ -195,9 +195,8 @@ def circuit_figure(writers, neurons=None, heads=None, *, sink: int = 0, n: int =
         + (f" Not measured: {' and '.join(missing)}." if missing else "")
     )
     height = 130 + ROW_HEIGHT * max(MIN_ROWS, len(edges) + 2)
-    finish(figure, f"Circuit of the sink at position {own['pos']}", text, height=height + 44, bottom=12)
-    # A legend of three rows on a phone.
-    return figure.update_layout(margin={"l": 10, "r": 10, "t": figure.layout.margin.t + 44})
+    finish(figure, f"Circuit of the sink at position {own['pos']}", text, height=height, bottom=12, legend_rows=3)
+    return figure.update_layout(margin_l=10, margin_r=10)
 
 
 def _percent(share: float) -> str:

@@ -511,9 +511,8 @@ def _panels(titles: Sequence[str], n_rows: Sequence[int]) -> go.Figure:
 
 
 def _finished(figure: go.Figure, title: str, text: str, *, height: int, legend_rows: int = 1) -> go.Figure:
-    finish(figure, title, text, height=height, bottom=56)
-    more = 22 * (legend_rows - 1) if figure.layout.showlegend else 0
-    figure.update_layout(height=figure.layout.height + more, margin_t=figure.layout.margin.t + more, margin_l=LEFT)
+    finish(figure, title, text, height=height, bottom=56, legend_rows=legend_rows)
+    figure.update_layout(margin_l=LEFT)
     for annotation in figure.layout.annotations:
         if annotation.yref == "paper":
             annotation.update(xshift=10 - LEFT)  # the names of rows take a third of a phone: titles start left of them

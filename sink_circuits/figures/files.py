@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from sink_circuits import arguments
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.figures.look import CONFIG, first_line, widened
+from sink_circuits.figures.look import CONFIG, PICTURE_WIDTH, first_line, widened
 from sink_circuits.results import check_target, write_whole
 from sink_circuits.text_files import has_surrogate
 
@@ -37,7 +37,9 @@ def save_figure(
     elif kind in ("svg", "pdf", "png"):
         try:
             wide = widened(figure)
-            data = wide.to_image(format=kind, width=760, height=wide.layout.height, scale=2 if kind == "png" else 1)
+            data = wide.to_image(
+                format=kind, width=PICTURE_WIDTH, height=wide.layout.height, scale=2 if kind == "png" else 1
+            )
         except (
             Exception
         ) as error:  # plotly and kaleido raise ValueError, RuntimeError, ImportError and their own classes

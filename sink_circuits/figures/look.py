@@ -23,8 +23,10 @@ DIVERGING = [[0.0, "#00456d"], [0.25, "#4a9ccb"], [0.5, "#f7f7f7"], [0.75, "#e89
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
 LINE_LENGTH = 50
 """Characters of a figure's title that fit a phone of 360 px."""
-WIDE_LENGTH = 108
-"""Characters that fit a picture of 760 px."""
+PICTURE_WIDTH, WIDE_LENGTH = 760, 108
+"""Pixels of a picture's width, and the characters that fit it."""
+LEGEND_ROW = 22
+"""Pixels of a legend's row."""
 
 AXIS_LABELS = {
     "score": "sink score (share)",
@@ -116,22 +118,37 @@ def widened(figure: go.Figure, length: int = WIDE_LENGTH) -> go.Figure:
     if not before.startswith("<b><span") or figure.layout.height is None:
         return figure
     after = title_text(*title_of(figure), length)
-    less = 16 * (before.count("<br>") - after.count("<br>"))
+    less = 16 * (before.count("<br>") - after.count("<br>")) + LEGEND_ROW * _spare_rows(figure)
     wide = go.Figure(figure)
     return wide.update_layout(title_text=after, height=wide.layout.height - less, margin_t=wide.layout.margin.t - less)
 
 
-def finish(figure: go.Figure, title: str, text: str, *, height: int, bottom: int) -> go.Figure:
+def _spare_rows(figure: go.Figure, width: int = PICTURE_WIDTH) -> int:
+    """Rows that the figure keeps free for its legend and a picture so wide does not fill."""
+    kept = (figure.layout.meta or {}).get("legend_rows", 1) if figure.layout.showlegend else 1
+    widths = [44 + 7 * len(trace.name or "") for trace in figure.data if trace.showlegend is not False]
+    room = width - figure.layout.margin.l - figure.layout.margin.r
+    # plotly sets entries in columns of the widest's width where one row does not hold them.
+    needed = 1 if sum(widths) <= room else -(-len(widths) // max(1, int(room // max(widths))))
+    return max(0, kept - needed)
+
+
+def finish(
+    figure: go.Figure, title: str, text: str, *, height: int, bottom: int, legend_rows: int = 1
+) -> go.Figure:  # fmt: skip
+    """Looks that all figures share. `legend_rows`: rows that the legend takes on a phone; a wide picture needs fewer (`widened`)."""
     title = title_text(title, text)
     n_heading, n_lines = (part.count("<br>") for part in title.split("</b>"))
     has_legend = sum(trace.showlegend is not False and trace.type == "scatter" for trace in figure.data) > 1
     panels = [one for one in figure.layout.annotations if one.yref == "paper"]
     more = 15 * panels[0].text.count("<br>") if panels else 0  # a first panel whose title has several lines
-    top = 40 + 16 * (n_heading + n_lines) + (54 if has_legend else 30) + more
+    further = LEGEND_ROW * (legend_rows - 1) if has_legend else 0
+    top = 40 + 16 * (n_heading + n_lines) + (54 if has_legend else 30) + more + further
     figure.update_layout(
         template="none",
         autosize=True,
-        height=height + 16 * n_lines + more,
+        height=height + 16 * n_lines + more + further,
+        meta={"legend_rows": legend_rows},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",

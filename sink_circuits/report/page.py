@@ -16,7 +16,7 @@ from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
 from sink_circuits.controls import Controlled
-from sink_circuits.detection import Sinks
+from sink_circuits.detection import Sinks, check_table
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.mass import MassAccount
@@ -118,7 +118,7 @@ RESULTS = (Effect, Controlled, PathEffect, MassAccount, Claims, Attribution, Swe
 
 def _taken(sinks, results, texts, scores, title, command, notes) -> tuple[tuple, tuple]:
     """(results, notes). Raises InputError for what a page cannot be made of."""
-    arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns")
+    check_table(arguments.instance(sinks, "sinks", Sinks, "pass what find_sinks returns").table)
     results, notes = (
         arguments.several(given, name, empty=True) for name, given in (("results", results), ("notes", notes))
     )
