@@ -9,6 +9,7 @@ all other keys is joined with them.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ BLOCK_FLOATS = 1 << 21
 SLAB_FLOATS = 1 << 19
 """Floats up to which a block takes in further key heads (2 MiB): more would leave the core's cache."""
 
-JOINED_FLOATS = 1 << 18
-"""Floats of queries, or of chosen keys' weights, that join the other keys at once (1 MiB)."""
+JOINED_FLOATS = 1 << 17
+"""Floats of queries, or of chosen keys' weights, that join the other keys at once (512 KiB)."""
 
 FLASH_KEYS = 1024
 """Keys from which on the flash kernel is faster than blocks of queries."""
@@ -134,16 +135,32 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task], threads: int)
     if threads == 1:
         return [work(task) for task in tasks]
     gradient, inference, before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+    results: list[Any] = [None] * len(tasks)
+    waiting = deque(range(len(tasks)))
 
-    def alone(task: _Task) -> _Result:
+    def take() -> None:
         with torch.inference_mode(inference), torch.set_grad_enabled(gradient):  # both belong to a thread
-            return work(task)
+            while waiting:
+                try:
+                    index = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    results[index] = work(tasks[index])
+                except BaseException:
+                    waiting.clear()
+                    raise
 
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, tasks))
+        with ThreadPoolExecutor(threads - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            others = [pool.submit(take) for _ in range(threads - 1)]
+            torch.set_num_threads(1)
+            take()  # this thread too: what it frees is used again by what comes after
+            for other in others:
+                other.result()
     finally:
         torch.set_num_threads(before)  # a thread that torch has not seen yet takes what was set last
+    return results
 
 
 def threads_for(n_tasks: int, floats: int, device: torch.device) -> int:
@@ -336,16 +353,16 @@ def _flash(
         for log_part in log_parts:
             log_total = torch.logaddexp(log_total, log_part)
         seen = bisect_left(keys, offset + here.stop)
-        joined: Tensor | None = None
+        joined = share = None
         if seen:
             scores = chosen_key[:, :, :seen] @ query[:, :, here].mT
             late = bisect_left(keys, offset + here.start)  # the keys from here on are not seen by every query
             positions = torch.arange(offset + here.start, offset + here.stop)
             scores[:, :, late:].masked_fill_(positions < columns[late:seen, None], -torch.inf)
-            weights, rest, log_total = join_chosen(scores, log_total)
+            weights, total, peak = join_chosen(scores, log_total, out=log_rest[:, :, :seen, here])
+            log_total = peak + total.log()
             torch.sub(scores, log_total[:, :, None], out=log_attention[:, :, :seen, here])
-            torch.log(rest, out=log_rest[:, :, :seen, here])
-            joined = weights.mT @ chosen_value[:, :, :seen]
+            joined, share = weights.mT @ chosen_value[:, :, :seen], total.reciprocal_()[..., None]
         log_attention[:, :, seen:, here], log_rest[:, :, seen:, here] = -torch.inf, 0
         own = out[:, :, here]
         if parts:
@@ -353,11 +370,12 @@ def _flash(
         for (part, _), log_part in zip(parts[1:], log_parts[1:], strict=True):
             own.addcmul_(part[:, :, here], (log_part - log_total).exp_()[..., None])
         if joined is not None:
-            own += joined
+            own.addcmul_(joined, share)
 
     rows = max(1, JOINED_FLOATS // (n_flat * group * max(d_head, len(keys)) * BLOCK_ROWS)) * BLOCK_ROWS
     blocks = [slice(start, min(start + rows, n_query)) for start in range(0, n_query, rows)]
-    each(join, blocks, threads_for(len(blocks), out.numel() + log_rest.numel(), query.device))
+    for here in blocks:  # torch's own threads, still awake from the kernel, are faster here than others
+        join(here)
     return out, kept
 
 
@@ -379,15 +397,25 @@ def flash_of(query, key, value, scaling: float, hidden: Tensor, causal: bool) ->
 
 
 def join_chosen(
-    scores: Float[Tensor, "flat group chosen query"], log_others: Float[Tensor, "flat group query"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over the chosen keys and the sum of all others: (weights, what is left beside each, log of the total)."""
-    peak = torch.maximum(scores.amax(dim=-2), log_others)
+    scores: Float[Tensor, "flat group chosen query"], log_others: Float[Tensor, "flat group query"],
+    out: Float[Tensor, "flat group chosen query"],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Softmax over the chosen keys and the sum of all others, not yet divided: (exp(scores - peak), their total, peak).
+
+    The log of what is left beside each key is written into `out`: log(1 - A), or of the others' sum where A is 0.6 or more,
+    so that it is exact also where A is nearly 1. Only one key of a query can have so much.
+    """
+    highest = scores.amax(dim=-2)
+    peak = torch.maximum(highest, log_others)
     weights = (scores - peak[:, :, None]).exp_()
     others = (log_others - peak).exp_()
-    total = weights.sum(dim=-2) + others
-    weights /= total[:, :, None]
-    most = most_of(weights)
-    beside_most = torch.addcmul(weights, weights, most, value=-1).sum(dim=-2).add_(others.div_(total))
-    rest = torch.lerp(1 - weights, beside_most[:, :, None], most)
-    return weights, rest, peak + total.log_()
+    total = weights.sum(dim=-2).add_(others)
+    torch.mul(weights, -total.reciprocal()[:, :, None], out=out).log1p_()
+    most = ((highest - peak).exp_() >= 0.6 * total).nonzero(as_tuple=True)
+    if len(most[0]):
+        beside = weights.mT[most]
+        largest = beside.argmax(dim=-1)
+        beside.scatter_(-1, largest[:, None], 0)
+        flat, group, query = most
+        out[flat, group, largest, query] = ((beside.sum(dim=-1) + others[most]) / total[most]).log_()
+    return weights, total, peak

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,7 +43,7 @@ class CleanRun:
     """Everything an analysis needs of one text's unedited forward pass.
 
     `base` + `contribution` is `resid_post`; `later[layer, head, key]` sums attention over strictly later queries and
-    `diagonal` is A[q, q]; `keys`, `values` (rotated) exist where edited runs can reuse them. `path` is "fast",
+    `diagonal` is A[q, q]; `keys`, `values` (rotated; of the first positions) exist where edited runs can reuse them. `path` is "fast",
     "reference" or "cache". A run that nothing will be resumed from (`resumable=False`) holds resid_post in `base`, no
     contribution, keys or values: a quarter of the memory. `loss` [pos]: next-token loss, NaN at the last position, where it was asked for.
     """
@@ -85,13 +86,16 @@ def names_filter(model) -> Callable[[str], bool]:
 @torch.no_grad()
 def run_clean(
     model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0,
-    mask: Bool[Tensor, " padded_pos"] | None = None, loss: bool = False, resumable: bool = True, path: str = "auto",
+    mask: Bool[Tensor, " padded_pos"] | None = None, loss: bool = False, resumable: bool = True, prefix: int | None = None,
+    path: str = "auto",
 ) -> CleanRun:  # fmt: skip
     """The clean run of one text; `chosen` are key positions whose attention columns are wanted.
 
     `clean_cache`: an ActivationCache of the same text from the user's own `run_with_cache` (row `row` of its batch);
     nothing is run again but block 0, to see that it is the same text; `mask`: that row's attention mask, where the
-    batch was padded. `path`: "auto" takes the fast path where it serves, "reference" TransformerLens' hooks.
+    batch was padded. `prefix`: keys and values of so many positions are kept for edited runs to reuse (None: of all); a
+    run whose first edit is later computes what lies between anew. `path`: "auto" takes the fast path where it serves,
+    "reference" TransformerLens' hooks.
     Raises CacheError naming the hooks that a cache misses, InputError for an unknown path or a position out of range.
     """
     adapter = adapt(model)
@@ -100,12 +104,13 @@ def run_clean(
     arguments.flag(loss, "loss")
     arguments.flag(resumable, "resumable")
     row = arguments.whole(row, "row")
+    prefix = len(tokens) if prefix is None else arguments.whole(prefix, "prefix")
     if mask is not None:
         mask = _check_mask(mask, len(tokens))
     if clean_cache is not None:
         clean = _clean_from_cache(adapter, tokens, clean_cache, row, mask, chosen)
     elif resolve_path(adapter, path) == "fast":
-        clean = _clean_fast(adapter, tokens, chosen, resumable)
+        clean = _clean_fast(adapter, tokens, chosen, resumable, prefix)
     else:
         clean = _clean_reference(adapter, tokens, chosen)
     return replace(clean, loss=clean_loss(model, clean)) if loss else clean
@@ -149,7 +154,7 @@ def _check_mask(mask, n_tokens: int) -> Bool[Tensor, " padded_pos"]:
     return mask.bool()
 
 
-def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resumable: bool) -> CleanRun:
+def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resumable: bool, prefix: int) -> CleanRun:
     twin = adapter.twin
     inputs = twin.block_inputs(tokens)
     n_layers, n, d = adapter.n_layers, len(tokens), inputs.embed.shape[-1]
@@ -157,21 +162,44 @@ def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resum
     contribution = torch.empty_like(base) if resumable else None
     later = torch.empty(n_layers, adapter.n_heads, n, device=tokens.device)
     diagonal = torch.empty_like(later)
-    keys, values, attentions = [], [], []
+    keys, values = [], []
+    keep_key, keep_value, keep_attention, keep_rest = (_Layers(n_layers) for _ in range(4))
     chosen_tensor = torch.tensor(chosen) if chosen else None
     for run in twin.run(inputs.embed, inputs, range(n_layers), chosen=chosen_tensor, sums=True):
         if resumable:
             base[run.layer], contribution[run.layer] = run.tap.base[0], run.tap.contribution[0]
-            keys.append(run.tap.key)
-            values.append(run.tap.value)
+            keys.append(keep_key(run.layer, run.tap.key[:, :, :prefix]))
+            values.append(keep_value(run.layer, run.tap.value[:, :, :prefix]))
         else:
             base[run.layer] = run.resid_post[0]
-        later[run.layer], diagonal[run.layer] = run.tap.attention.later[0], run.tap.attention.diagonal[0]
+        attention = run.tap.attention
+        later[run.layer], diagonal[run.layer] = attention.later[0], attention.diagonal[0]
         if chosen:
-            attentions.append(run.tap.attention)
-    columns = columns_of(chosen, attentions) if chosen else None
+            keep_attention(run.layer, attention.log_attention[0])
+            keep_rest(run.layer, attention.log_rest[0])
+    log_tiny = torch.tensor(TINY).log()
+    columns = (
+        Columns(chosen, *(one.whole.clamp_(min=log_tiny) for one in (keep_attention, keep_rest))) if chosen else None
+    )
     kept = (tuple(keys), tuple(values)) if resumable else (None, None)
     return CleanRun(tokens, base, contribution, later, diagonal, columns, *kept, inputs, "fast")
+
+
+class _Layers:
+    """One tensor for all layers, made when the first one comes: between a pass' passing tensors nothing is left that stays, so
+    that their memory is used again. A layer of another shape keeps its own tensor."""
+
+    def __init__(self, n_layers: int):
+        self.n_layers = n_layers
+        self.whole: Any = None
+
+    def __call__(self, layer: int, part: Tensor) -> Tensor:
+        if self.whole is None:
+            self.whole = part.new_empty(self.n_layers, *part.shape)
+        if part.shape != self.whole.shape[1:]:
+            return part
+        self.whole[layer] = part
+        return self.whole[layer]
 
 
 def columns_of(chosen: tuple[int, ...], attentions: Sequence[AttentionSums], row: int = 0) -> Columns:

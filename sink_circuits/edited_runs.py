@@ -246,7 +246,8 @@ def _begin(adapter: Adapter, clean: CleanRun, rows: list[_Row], resume: Resume) 
     first_layer, unchanged_before = resume
     masses = Masses.of(adapter, [row.groups for row in rows], clean.n_positions)
     # Without keys to reuse, the prefix is run again.
-    start = int(min(unchanged_before, masses.first_query)) if clean.keys is not None else 0
+    n_kept = 0 if clean.keys is None else min(key.shape[2] for key in clean.keys)
+    start = int(min(unchanged_before, masses.first_query, n_kept))
     counter = [0]
     if first_layer < 0:
         return _Begun(rows, resume, masses, start, clean.inputs.embed.expand(len(rows), -1, -1), counter)
@@ -303,7 +304,12 @@ def _resumed(
             own = next_token_loss(twin.logits, resid[row], clean.tokens[start:])
             losses[row] = torch.cat([before[:start], own]) if start else own
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
-    columns = [_unchanged_from(clean.columns, own, first_layer, unchanged_before) for own in columns]
+    again = slice(
+        start, unchanged_before
+    )  # computed once more, and unchanged: the clean values, not to rounding but exactly
+    for one in columns:
+        one.log_attention[:, :, again] = clean.columns.log_attention[:, :, again]
+        one.log_rest[:, :, again] = clean.columns.log_rest[:, :, again]
     divergence = None
     if kl:
         divergence = torch.zeros(len(rows), clean.n_positions, device=resid.device)

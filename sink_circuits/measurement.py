@@ -84,9 +84,11 @@ def measure(
             continue
         positions = sorted({int(p) for r in rows for p in (table["pos"].iloc[r], table["primary_pos"].iloc[r])})
         mask = None if attention_mask is None else torch.as_tensor(attention_mask)[index]
+        cells = _cells(rows, plan, len(labels), together)
+        reused = max(first_edit(edits)[1] for edits, _ in cells)
         clean = run_clean(
-            model, ids, chosen=positions, clean_cache=clean_cache, row=index, mask=mask, loss=loss, path=path
-        )
+            model, ids, chosen=positions, clean_cache=clean_cache, row=index, mask=mask, loss=loss, prefix=reused, path=path
+        )  # fmt: skip
         how = Definitions(adapter.windows, min_queries, _thresholds_of(sinks), medians_of(clean))
         measured = (*built_in(how, left_out), *own)
         used, clean_again = clean.path, unedited(clean)
@@ -94,7 +96,6 @@ def measure(
             clean_again = dataclasses.replace(clean_again, kl=torch.zeros(len(ids), device=ids.device))
         for sink in rows:
             notes.note(measured, clean, clean_again, int(sink), None)
-        cells = _cells(rows, plan, len(labels), together)
         for edits, members in [cell for cell in cells if change_nothing(cell)]:
             notes.note_run(measured, clean, clean_again, edits, members)
             bar.update(len(members))

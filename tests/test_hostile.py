@@ -291,7 +291,8 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
     }),
     "run_clean": (lambda: (sc.run_clean, on()), {
         "model": nothing, "tokens": lambda value: tokens(value) or several(whole(0, 63), distinct=False)(value), "row": whole(),
-        "chosen": several(POSITION, empty=True), "clean_cache": NONE, "mask": NONE, "loss": flag, "resumable": flag, "path": PATH,
+        "chosen": several(POSITION, empty=True), "clean_cache": NONE, "mask": NONE, "loss": flag, "resumable": flag,
+        "prefix": optional(whole()), "path": PATH,
     }),
     "run_edited": (lambda: (sc.run_edited, {"model": lens(), "clean": clean(), "rows": [[sc.zero(6, SINK)]]}), {
         "model": nothing, "clean": nothing, "rows": none_of_them, "loss": flag, "kl": flag, "groups": NONE, "path": PATH,

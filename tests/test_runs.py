@@ -173,6 +173,19 @@ def test_what_fails_on_a_thread_is_told(monkeypatch):
     assert len(sc.run_edited(lens(), clean, rows, path="fast")) == 3, "no twin was lost"
 
 
+@pytest.mark.parametrize("prefix", [0, 20, SINK, 95, None])
+def test_however_few_keys_are_kept_an_edited_run_is_the_one_by_hand(prefix):
+    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, loss=True, prefix=prefix)
+    assert {key.shape[2] for key in (*clean.keys, *clean.values)} == {96 if prefix is None else prefix}
+    (run,) = sc.run_edited(lens(), clean, [edits_of(EDITS["single"])], loss=True, kl=True, path="fast")
+    check_columns(run.columns, by_hand(prompt(), EDITS["single"]).pattern)
+    for part in ("log_attention", "log_rest"):
+        before, after = getattr(clean.columns, part), getattr(run.columns, part)
+        assert torch.equal(before[:, :, :SINK], after[:, :, :SINK])
+        assert not torch.equal(before[:, :, SINK:], after[:, :, SINK:])
+    assert not run.kl[:SINK].any() and (run.kl[SINK:] >= 0).all()
+
+
 @pytest.mark.parametrize("backend_path", [("bridge", "fast", "fast"), ("bridge", "reference", "reference"), ("bridge", "fast", "reference"),
                                           *([("hooked", "reference", "reference")] if "hooked" in BACKENDS else [])])  # fmt: skip
 @pytest.mark.parametrize("layer", [0, 6, 23])
