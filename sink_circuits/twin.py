@@ -156,6 +156,9 @@ class Twin:
         blocks = module.get_submodule(parts["blocks"].name)
         if not isinstance(blocks, nn.ModuleList):
             raise TwinRefused("the blocks are not a list of modules")
+        if any(isinstance(part, nn.Conv1d) for part in blocks.modules()):
+            # A run that resumes in the middle of a text gives keys and values of what came before, not such a state.
+            raise TwinRefused("the blocks mix tokens beside attention, by convolutions or a state space")
         if not isinstance(module.get_output_embeddings(), nn.Linear):
             raise TwinRefused("the unembedding is not one linear map")
         writer, side = _place(bridge, "hook_mlp_out")

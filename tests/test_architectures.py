@@ -229,6 +229,21 @@ def test_half_precision_agrees_with_float32(name, dtype, tokens):
     assert (scores - exact).abs().nan_to_num().max() < torch.finfo(dtype).eps
 
 
+def test_a_state_space_beside_attention_takes_the_reference_path():
+    """However little it writes: what it carries from before an edit is no key and no value."""
+    config = transformers.FalconH1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    try:
+        model = sc.load_model(transformers.FalconH1ForCausalLM(config).eval())
+    except ModelError as error:  # TransformerLens versions that do not know it say so
+        assert str(error).endswith(".")
+    else:
+        assert adapt(model).twin_refusal == "the blocks mix tokens beside attention, by convolutions or a state space"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_such_blocks_is_refused(name):
     model_class, config_class, config = REFUSED[name]
