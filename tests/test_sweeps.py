@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import functools
 import hashlib
@@ -47,14 +48,12 @@ DEADLINE = 180  # seconds that anything waited for may take
 def place() -> Path:
     """A folder with the planted model in Hugging Face format (no tokenizer), and its prompts as token ids."""
     folder = Path(tempfile.mkdtemp(prefix="sink_circuits-tests-"))
+    # Not when the module is left: a worker that takes tests from another may come back to it.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     subject().hf_model.save_pretrained(folder / "planted")
     subject("stand_in").hf_model.save_pretrained(folder / "alone")
     write_tokens(folder / "ids.jsonl", SINKS)
     return folder
-
-
-def teardown_module():
-    shutil.rmtree(place(), ignore_errors=True)
 
 
 def write_tokens(path: Path, sinks: dict) -> None:
