@@ -19,8 +19,8 @@ from sink_circuits.command_options import (
     Table,
     Texts,
     as_table,
+    check_budget,
     check_free,
-    check_memory,
     check_suffix,
     load_texts,
 )
@@ -107,7 +107,7 @@ class Detect:
     def run(self) -> None:
         check_free(self.output.out, self.output.overwrite)
         check_suffix(self.output.out, (".parquet", ".csv", ".jsonl"))
-        check_memory(self.output.memory)
+        check_budget(self.output.memory)
         if self.output.out and self.output.out.suffix == ".jsonl" and self.method != "official":
             raise InputError(
                 f"{self.output.out} is in the published format, which holds official detections: add --method official."

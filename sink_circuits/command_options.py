@@ -156,11 +156,12 @@ def check_free(target: Path | None, overwrite: bool) -> None:
         check_target(target, overwrite=overwrite)
 
 
-def check_memory(memory: float | None) -> None:
-    if memory is not None:
+def check_budget(gib: float | None) -> None:
+    """Raises InputError for a `--memory` that is none; the room that knows is heavy, and not needed where none was given."""
+    if gib is not None:
         from sink_circuits.memory import check_memory
 
-        check_memory(memory)
+        check_memory(gib)
 
 
 def check_suffix(target: Path | None, allowed: tuple[str, ...]) -> None:

@@ -14,8 +14,8 @@ from sink_circuits.command_options import (
     Selection,
     Texts,
     as_table,
+    check_budget,
     check_free,
-    check_memory,
     check_suffix,
     load_texts,
 )
@@ -155,7 +155,7 @@ def _experiment(command, experiment):
         raise InputError(
             f"figure {output.figure} needs the package kaleido: pip install 'sink-circuits[static]', or name .html."
         )
-    check_memory(output.memory)
+    check_budget(output.memory)
     model, tokens = load_texts(
         command.model, command.texts, given, selection=selection, layers=command.layers, verbose=not output.quiet
     )

@@ -39,8 +39,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "scores": ("test_scores", "test_detection"),
-    "detection": ("test_detection", "test_official", "test_directions"),
-    "edits": ("test_interventions",),
+    "detection": ("test_detection", "test_sink_states", "test_official", "test_directions"),
+    "edits": ("test_edits", "test_interventions"),
     "interventions": ("test_interventions",),
     "clean_runs": ("test_runs", "test_scores", "test_mass"),
     "edited_runs": ("test_runs", "test_scores", "test_mass"),
