@@ -23,6 +23,8 @@ from sink_circuits.prompts import as_tokens
 from sink_circuits.twin import BlockInputs
 
 TINY = torch.finfo(torch.float32).tiny
+LOG_TINY = torch.tensor(TINY).log().item()
+"""The floor of logarithms of weights."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,8 @@ def _clean_fast(adapter: Adapter, tokens: Tensor, chosen: tuple[int, ...], resum
         if chosen:
             keep_attention(run.layer, attention.log_attention[0])
             keep_rest(run.layer, attention.log_rest[0])
-    log_tiny = torch.tensor(TINY).log()
     columns = (
-        Columns(chosen, *(one.whole.clamp_(min=log_tiny) for one in (keep_attention, keep_rest))) if chosen else None
+        Columns(chosen, *(one.whole.clamp_(min=LOG_TINY) for one in (keep_attention, keep_rest))) if chosen else None
     )
     kept = (tuple(keys), tuple(values)) if resumable else (None, None)
     return CleanRun(tokens, base, contribution, later, diagonal, columns, *kept, inputs, "fast")
@@ -203,11 +204,10 @@ class _Layers:
 
 
 def columns_of(chosen: tuple[int, ...], attentions: Sequence[AttentionSums], row: int = 0) -> Columns:
-    log_tiny = torch.tensor(TINY).log()
     return Columns(
         chosen,
-        torch.stack([a.log_attention[row] for a in attentions]).clamp(min=log_tiny),
-        torch.stack([a.log_rest[row] for a in attentions]).clamp(min=log_tiny),
+        torch.stack([a.log_attention[row] for a in attentions]).clamp(min=LOG_TINY),
+        torch.stack([a.log_rest[row] for a in attentions]).clamp(min=LOG_TINY),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sink_circuits import arguments
 from sink_circuits.attention import each, threads_for
 from sink_circuits.clean_runs import (
-    TINY,
+    LOG_TINY,
     CleanRun,
     Columns,
     PatternTap,
@@ -268,7 +268,7 @@ def _resumed(
     chosen = clean.columns.chosen
     log_attention = [clean.columns.log_attention.clone() for _ in rows]
     log_rest = [clean.columns.log_rest.clone() for _ in rows]
-    chosen_now = [(i, p - start) for i, p in enumerate(chosen) if p >= start]
+    chosen_now = [(i, p - start) for i, p in enumerate(chosen) if p >= unchanged_before]
     resid_chosen = _resid_chosen(clean).expand(len(rows), -1, -1, -1).clone()
 
     def note_residual(layer: int, resid: Tensor) -> None:
@@ -286,10 +286,9 @@ def _resumed(
         resid, clean.inputs, layers, start=start, prefix=prefix, chosen=torch.tensor(chosen), edits=functions, holds=held,
         groups=masses.columns, sums=masses.columns is not None,
     ):  # fmt: skip
-        log_tiny = torch.tensor(TINY).log()
         for row in range(len(rows)):
-            log_attention[row][run.layer, :, start:] = run.tap.attention.log_attention[row].clamp(min=log_tiny)
-            log_rest[row][run.layer, :, start:] = run.tap.attention.log_rest[row].clamp(min=log_tiny)
+            log_attention[row][run.layer, :, start:] = run.tap.attention.log_attention[row].clamp(min=LOG_TINY)
+            log_rest[row][run.layer, :, start:] = run.tap.attention.log_rest[row].clamp(min=LOG_TINY)
         if masses.columns is not None:
             masses.note(run.layer, run.tap.grouped, run.tap.attention.diagonal, start, learned_sinks(adapter))
         note_residual(run.layer, run.resid_post)
@@ -304,9 +303,7 @@ def _resumed(
             own = next_token_loss(twin.logits, resid[row], clean.tokens[start:])
             losses[row] = torch.cat([before[:start], own]) if start else own
     columns = [Columns(chosen, *pair) for pair in zip(log_attention, log_rest, strict=True)]
-    again = slice(
-        start, unchanged_before
-    )  # computed once more, and unchanged: the clean values, not to rounding but exactly
+    again = slice(start, unchanged_before)  # computed once more and unchanged: exactly the clean values
     for one in columns:
         one.log_attention[:, :, again] = clean.columns.log_attention[:, :, again]
         one.log_rest[:, :, again] = clean.columns.log_rest[:, :, again]

@@ -184,6 +184,9 @@ def test_however_few_keys_are_kept_an_edited_run_is_the_one_by_hand(prefix):
         assert torch.equal(before[:, :, :SINK], after[:, :, :SINK])
         assert not torch.equal(before[:, :, SINK:], after[:, :, SINK:])
     assert not run.kl[:SINK].any() and (run.kl[SINK:] >= 0).all()
+    for i, position in enumerate(CHOSEN):
+        unedited = torch.stack([clean.resid_post(layer)[position] for layer in range(24)])
+        assert torch.equal(run.resid_post_chosen[:, i], unedited) == (position < SINK)
 
 
 @pytest.mark.parametrize("backend_path", [("bridge", "fast", "fast"), ("bridge", "reference", "reference"), ("bridge", "fast", "reference"),
