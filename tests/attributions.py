@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import eager
 import numpy as np
 import pandas as pd
 import torch
-from common import lens, prompt
+from common import in_transformer_lens, lens, prompt
 
 import sink_circuits as sc
 from sink_circuits.attribution import Attribution, attribute
@@ -27,26 +26,7 @@ def random_llama():
 
 @functools.cache
 def wrapped(backend: str):
-    hf = random_llama()
-    if backend == "bridge":
-        return sc.load_model(copy.deepcopy(hf))
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-
-    c = hf.config
-    cfg = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_ctx=N, d_head=c.head_dim, n_heads=c.num_attention_heads,
-        d_mlp=c.intermediate_size, n_key_value_heads=c.num_key_value_heads, d_vocab=c.vocab_size, act_fn="silu", gated_mlp=True,
-        normalization_type="RMS", final_rms=True, eps=c.rms_norm_eps, positional_embedding_type="rotary", rotary_dim=c.head_dim,
-        rotary_base=int(c.rope_parameters["rope_theta"]), rotary_adjacent_pairs=False, init_weights=False, device="cpu",
-        dtype=torch.float64,
-    )  # fmt: skip
-    model = HookedTransformer(cfg, move_to_device=False)
-    model.load_and_process_state_dict(
-        convert_llama_weights(copy.deepcopy(hf), cfg),
-        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
-    )  # fmt: skip
-    return model.double().eval()
+    return in_transformer_lens(random_llama(), backend)
 
 
 def sinks_at(model, tokens: torch.Tensor, *places: tuple[int, int, int]) -> sc.Sinks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from contextlib import contextmanager
@@ -94,3 +95,26 @@ def threads_of(threads: int):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_transformer_lens(llama, backend: str):
+    """A copy of a Llama in a TransformerBridge ("bridge") or, weights unprocessed, in a HookedTransformer ("hooked"), in its own dtype."""
+    if backend == "bridge":
+        return sc.load_model(copy.deepcopy(llama), verbose=False)
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    config = llama.config
+    cfg = HookedTransformerConfig(
+        n_layers=config.num_hidden_layers, d_model=config.hidden_size, n_ctx=config.max_position_embeddings, d_head=config.head_dim,
+        n_heads=config.num_attention_heads, d_mlp=config.intermediate_size, n_key_value_heads=config.num_key_value_heads,
+        d_vocab=config.vocab_size, act_fn="silu", gated_mlp=True, normalization_type="RMS", final_rms=True, eps=config.rms_norm_eps,
+        positional_embedding_type="rotary", rotary_dim=config.head_dim, rotary_base=int(config.rope_parameters["rope_theta"]),
+        rotary_adjacent_pairs=False, init_weights=False, model_name="random", device="cpu", dtype=llama.dtype,
+    )  # fmt: skip
+    model = HookedTransformer(cfg, move_to_device=False)
+    model.load_and_process_state_dict(
+        convert_llama_weights(copy.deepcopy(llama), cfg),
+        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+    )  # fmt: skip
+    return model.to(llama.dtype).eval()

@@ -333,9 +333,10 @@ def test_wrong_arguments_before_any_pass(how, message):
     ],
 )
 def test_wrong_deltas(deltas, chosen, how, message):
+    model = wrapped("bridge")  # whose load checks run it
     with no_forward_pass(), pytest.raises(InputError, match=message):
         differentiable_scores(
-            wrapped("bridge"),
+            model,
             eager.random_tokens(N),
             chosen,
             {k: torch.zeros(shape) for k, shape in deltas.items()},
