@@ -281,92 +281,168 @@ def with_controls(
     found = sinks if found is None and all_treated else found
     table = check_sinks(sinks, tokens)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
     path = options.get("path", "auto")
     found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
     random_model = randomly_initialised(model) if random_model is True else random_model
     interventions = _by_label(model, tokens, treated, intervention, doses, found, path)
-    labels = list(interventions)
-
-    def edits_at(layers_by_sink: Sequence[Sequence[int]], of: Sequence[int] | None = None):
-        def edits(label, row: pd.Series) -> tuple[Edit, ...]:
-            number = cast(int, row.name)  # the table's index counts its rows
-            index = number if of is None else of[number]
-            return tuple(edit for one in layers_by_sink[index] for edit in as_edits(interventions[label](one, row)))
-
-        return edits
-
+    own_layers = tuple(prepared.layers_of(row) for _, row in table.iterrows())
+    treatment = _Treatment(model, tokens, treated, own_layers, interventions, shared)
     settings = {"layers": prepared.layers_said, "n_random": n_random}
-    effect = measure(model, tokens, treated, labels, edits_at(own_layers), what="treated", settings=settings, **shared)
-    matches = [match_positions(model, tokens, treated, found, path=path)]
-    values = {
-        outcome: {"control": _nans(table, CONTROLS, labels), "random": _nans(table, range(n_random), labels)}
-        for outcome in effect.outcomes
-    }
-
-    def note(kind: str, name, measured: Effect, of: Sequence[int]) -> None:
-        for outcome, arrays in values.items():
-            arrays[kind].loc[{("control" if kind == "control" else "draw"): name, "sink": list(of)}] = (
-                measured.over_lifetime(outcome).to_numpy()
-            )
-
-    for control in (name for name in POSITION_CONTROLS if name in controls):
-        stand_ins = matches[0][(matches[0]["control"] == control) & (matches[0]["pos"] >= 0)]
-        if len(stand_ins):
-            of = stand_ins["sink"].tolist()
-            at = moved(treated, tokens, of, stand_ins["pos"].tolist(), control)
-            note(
-                "control",
-                control,
-                measure(model, tokens, at, labels, edits_at(own_layers, of), what=control, **shared),
-                of,
-            )
+    effect = treatment.measure(treated, treatment.edits, "treated", settings=settings)
+    beside = []
+    if asked := [name for name in POSITION_CONTROLS if name in controls]:
+        stand_ins = match_positions(model, tokens, treated, found, path=path)
+        beside += [_at_position(treatment, name, stand_ins[stand_ins["control"] == name]) for name in asked]
     if "wrong layer" in controls:
-        known = _forming_by_prompt(table, own_layers) if isinstance(layer, str) else {}
-        barred = [{*own, *also_forming, *known.get(p, ())} for own, p in zip(own_layers, table["prompt"], strict=True)]
-        wrong, reasons = _wrong_layers(table, own_layers, barred, adapt(model).n_layers)
-        matches.append(_layer_matches("wrong layer", wrong, reasons))
-        if of := [index for index, one in enumerate(wrong) if one]:
-            at = Sinks(table.iloc[of].reset_index(drop=True), sinks.prompts, sinks.manifest)
-            elsewhere = measure(model, tokens, at, labels, edits_at(wrong, of), what="wrong layer", **shared)
-            note("control", "wrong layer", elsewhere, of)
+        beside.append(_at_wrong_layer(treatment, also_forming, by_sink=isinstance(layer, str)))
     if "attention output" in controls:
-        own_edits = edits_at(own_layers)
-        cells = [[own_edits(label, row) for label in labels] for _, row in table.iterrows()]
-        written = _attention_writes(model, tokens, table, cells, path)
-
-        def of_attention(label, row: pd.Series) -> tuple[Edit, ...]:
-            index = cast(int, row.name)
-            edits = cells[index][labels.index(label)]
-            made = [zero(edit.layer, edit.positions) if intervention == "mean" else edit for edit in edits]
-            return tuple(_instead(edit, written[index][edit.layer, edit.positions]) for edit in made)
-
-        instead = measure(model, tokens, treated, labels, of_attention, what="attention output", **shared)
-        matches.append(_layer_matches("attention output", own_layers, [""] * len(table)))
-        note("control", "attention output", instead, range(len(table)))
-    if random_model is not None:
-        at_random = {**shared, "path": "auto"}
-        untrained = measure(
-            random_model, tokens, treated, labels, edits_at(own_layers), what="random model", **at_random
-        )
-        note("control", "random model", untrained, range(len(table)))
-    given = random_model is not None
-    random_layers = own_layers if given else [()] * len(table)
-    reason = "" if given else "no random model was given"
-    matches.append(_layer_matches("random model", random_layers, [reason] * len(table)))
-    if n_random:
-        _random_draws(model, tokens, treated, edits_at(own_layers), labels, n_random, note, shared)
-    data: dict[str, Any] = {f"effect_{o}": (("sink", "edit"), effect.over_lifetime(o).to_numpy()) for o in values}
-    for outcome, arrays in values.items():
-        data |= {f"control_{outcome}": arrays["control"].variable, f"random_{outcome}": arrays["random"].variable}
-    coords = {"sink": np.arange(len(table)), "edit": labels, "control": list(CONTROLS), "draw": np.arange(n_random)}
+        beside.append(_of_attention(treatment, replacing_mean=intervention == "mean"))
+    beside.append(_in_random_model(treatment, random_model))
     manifest = Manifest.of(
         adapt(model), tokens, what="controls", path=effect.manifest.path, found=dict(sinks.manifest.settings),
         reach=REACH, norm_ratio=NORM_RATIO, controls=list(controls), also_forming=sorted(also_forming), **settings,
     )  # fmt: skip
-    matched = pd.concat(matches, ignore_index=True)
-    matched = matched[matched["control"].isin([*controls, "random model"])].reset_index(drop=True)
-    return Controlled(xr.Dataset(data, coords=coords), table, matched, manifest, effect)
+    data = _side_by_side(effect, beside, _random_draws(treatment, n_random))
+    return Controlled(data, table, pd.concat([one.matches for one in beside], ignore_index=True), manifest, effect)
+
+
+@dataclass(frozen=True)
+class _Treatment:
+    """The experiment that every control repeats: which edits each sink is given, and how they are measured."""
+
+    model: Any
+    tokens: Tokens
+    sinks: Sinks
+    own_layers: Sequence[Sequence[int]]
+    interventions: Mapping[Any, Intervention]
+    options: Mapping[str, Any]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return self.sinks.table
+
+    @property
+    def labels(self) -> list:
+        return list(self.interventions)
+
+    def edits(self, label, row: pd.Series) -> tuple[Edit, ...]:
+        return self.edits_at(label, row, self.own_layers[cast(int, row.name)])  # the table's index counts its rows
+
+    def edits_at(self, label, row: pd.Series, layers: Sequence[int]) -> tuple[Edit, ...]:
+        return tuple(edit for layer in layers for edit in as_edits(self.interventions[label](layer, row)))
+
+    def some(self, of: Sequence[int]) -> Sinks:
+        table = self.table.iloc[list(of)].reset_index(drop=True)
+        return Sinks(table, self.sinks.prompts, self.sinks.manifest)
+
+    def measure(
+        self, sinks: Sinks, edits: Callable, what: str, labels: Sequence | None = None, model=None, **own
+    ) -> Effect:
+        """`own`: options that differ from the experiment's."""
+        model, labels = model or self.model, self.labels if labels is None else labels
+        return measure(model, self.tokens, sinks, labels, edits, what=what, **{**self.options, **own})
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """One control: its effect (None: nowhere matched) at the sinks numbered `of`, and what was matched for all of them."""
+
+    control: str
+    matches: pd.DataFrame
+    of: Sequence[int] = ()
+    effect: Effect | None = None
+
+
+def _at_position(treatment: _Treatment, control: str, matches: pd.DataFrame) -> _Beside:
+    """The same edit at the tokens that stand in for the sinks."""
+    matched = matches[matches["pos"] >= 0]
+    if not len(matched):
+        return _Beside(control, matches)
+    of = matched["sink"].tolist()
+    at = moved(treatment.sinks, treatment.tokens, of, matched["pos"].tolist(), control)
+
+    def edits(label, row: pd.Series) -> tuple[Edit, ...]:
+        return treatment.edits_at(label, row, treatment.own_layers[of[cast(int, row.name)]])
+
+    return _Beside(control, matches, of, treatment.measure(at, edits, control))
+
+
+def _at_wrong_layer(treatment: _Treatment, also_forming: Sequence[int], by_sink: bool) -> _Beside:
+    """The same edit at layers that form no sink; `by_sink`: each sink's own layers form it, and are no control for its prompt."""
+    control, table, own_layers = "wrong layer", treatment.table, treatment.own_layers
+    known = _forming_by_prompt(table, own_layers) if by_sink else {}
+    barred = [{*own, *also_forming, *known.get(p, ())} for own, p in zip(own_layers, table["prompt"], strict=True)]
+    wrong, reasons = _wrong_layers(table, own_layers, barred, adapt(treatment.model).n_layers)
+    matches = _layer_matches(control, wrong, reasons)
+    of = [index for index, layers in enumerate(wrong) if layers]
+    if not of:
+        return _Beside(control, matches)
+
+    def edits(label, row: pd.Series) -> tuple[Edit, ...]:
+        return treatment.edits_at(label, row, wrong[of[cast(int, row.name)]])
+
+    return _Beside(control, matches, of, treatment.measure(treatment.some(of), edits, control))
+
+
+def _of_attention(treatment: _Treatment, replacing_mean: bool) -> _Beside:
+    """The same function of what attention wrote; `replacing_mean`: its removal, for a corpus mean is one of MLPs."""
+    control, table, labels = "attention output", treatment.table, treatment.labels
+    cells = [[treatment.edits(label, row) for label in labels] for _, row in table.iterrows()]
+    written = _attention_writes(treatment, cells)
+
+    def edits(label, row: pd.Series) -> tuple[Edit, ...]:
+        index = cast(int, row.name)
+        own = cells[index][labels.index(label)]
+        made = [zero(edit.layer, edit.positions) if replacing_mean else edit for edit in own]
+        return tuple(_instead(edit, written[index][edit.layer, edit.positions]) for edit in made)
+
+    measured = treatment.measure(treatment.sinks, edits, control)
+    matches = _layer_matches(control, treatment.own_layers, [""] * len(table))
+    return _Beside(control, matches, range(len(table)), measured)
+
+
+def _in_random_model(treatment: _Treatment, random_model) -> _Beside:
+    """The same edit in a model that learned nothing."""
+    control, n = "random model", len(treatment.table)
+    if random_model is None:
+        return _Beside(control, _layer_matches(control, [()] * n, ["no random model was given"] * n))
+    measured = treatment.measure(treatment.sinks, treatment.edits, control, model=random_model, path="auto")
+    return _Beside(control, _layer_matches(control, treatment.own_layers, [""] * n), range(n), measured)
+
+
+def _random_draws(treatment: _Treatment, n_random: int) -> Effect | None:
+    """Changes as large in random directions: one edit for every (draw, label), draws first."""
+    if not n_random:
+        return None
+    pairs = [(draw, label) for draw in range(n_random) for label in treatment.labels]
+
+    def perturbed(index: int, row: pd.Series) -> tuple[Edit, ...]:
+        draw, label = pairs[index]
+        return tuple(random_perturbation(edit, row["prompt"], draw) for edit in treatment.edits(label, row))
+
+    return treatment.measure(treatment.sinks, perturbed, "random perturbation", labels=range(len(pairs)))
+
+
+def _side_by_side(effect: Effect, beside: Sequence[_Beside], draws: Effect | None) -> xr.Dataset:
+    """`Controlled.data`: every outcome of the experiment, its controls and draws, averaged over heads and lifetimes."""
+    labels, sinks = list(effect.data["edit"].values), np.arange(len(effect.table))
+
+    def values(measured: Effect, outcome: str) -> np.ndarray:
+        return measured.over_lifetime(outcome).transpose("sink", "edit").to_numpy()
+
+    data: dict[str, Any] = {}
+    n_draws = 0 if draws is None else draws.data.sizes["edit"] // len(labels)
+    for outcome in effect.outcomes:
+        controls = np.full((len(sinks), len(CONTROLS), len(labels)), np.nan)
+        for one in beside:
+            if one.effect is not None:
+                controls[list(one.of), CONTROLS.index(one.control)] = values(one.effect, outcome)
+        random = np.empty((len(sinks), 0)) if draws is None else values(draws, outcome)
+        data[f"effect_{outcome}"] = (("sink", "edit"), values(effect, outcome))
+        data[f"control_{outcome}"] = (("sink", "control", "edit"), controls)
+        data[f"random_{outcome}"] = (("sink", "draw", "edit"), random.reshape(len(sinks), n_draws, len(labels)))
+    coords = {"sink": sinks, "edit": labels, "control": list(CONTROLS), "draw": np.arange(n_draws)}
+    return xr.Dataset(data, coords=coords)
 
 
 def _doses(intervention, factors: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -427,20 +503,6 @@ def randomly_initialised(model, name: str = "random model"):
     return load_model(random.eval(), tokenizer=adapter.tokenizer, verbose=False)
 
 
-def _random_draws(model, tokens, treated: Sinks, edits, labels, n_random: int, note, shared) -> None:
-    pairs = [(draw, label) for draw in range(n_random) for label in labels]
-
-    def perturbed(index: int, row: pd.Series) -> tuple[Edit, ...]:
-        draw, label = pairs[index]
-        return tuple(random_perturbation(edit, row["prompt"], draw) for edit in edits(label, row))
-
-    measured = measure(model, tokens, treated, range(len(pairs)), perturbed, what="random perturbation", **shared)
-    for draw in range(n_random):
-        own = [i for i, pair in enumerate(pairs) if pair[0] == draw]
-        part = Effect("random perturbation", measured.data.sel(edit=own), measured.table, measured.manifest)
-        note("random", draw, part, range(len(measured.table)))
-
-
 def moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
     """The sinks' rows at other positions: their layers and primary stay, so that the same cells are read."""
     table = sinks.table.iloc[list(of)].reset_index(drop=True).assign(pos=list(positions), kind=control)
@@ -495,15 +557,16 @@ def _layer_matches(control: str, layers: Sequence[Sequence[int]], reasons: Seque
 
 @torch.no_grad()
 def _attention_writes(
-    model, tokens, table, cells: Sequence[Sequence[Sequence[Edit]]], path: str
+    treatment: _Treatment, cells: Sequence[Sequence[Sequence[Edit]]]
 ) -> list[dict[tuple[int, tuple[int, ...]], torch.Tensor]]:
     """What attention adds to the residual stream where each sink's edits stand, by (layer, positions): base less resid_pre."""
+    model, tokens, table = treatment.model, treatment.tokens, treatment.table
     writes: list[dict[tuple[int, tuple[int, ...]], torch.Tensor]] = [{} for _ in range(len(table))]
     for name, ids in zip(tokens.names, tokens.ids, strict=True):
         rows = np.flatnonzero(table["prompt"] == name)
         if not len(rows):
             continue
-        clean = run_clean(model, ids, path=path)
+        clean = run_clean(model, ids, path=treatment.options.get("path", "auto"))
         first: list[torch.Tensor] = []
         hook = [("blocks.0.hook_resid_pre", lambda value, hook, first=first: first.append(value[0].detach().clone()))]
         adapt(model).model.run_with_hooks(ids[None], fwd_hooks=hook, stop_at_layer=1)
@@ -513,12 +576,6 @@ def _attention_writes(
                 before = (clean.resid_post(layer - 1) if layer else first[0])[at]
                 writes[index][layer, edit.positions] = clean.base[layer, at] - before
     return writes
-
-
-def _nans(table: pd.DataFrame, along: Sequence, labels: Sequence) -> xr.DataArray:
-    dim = "control" if along is CONTROLS else "draw"
-    coords = {"sink": np.arange(len(table)), dim: list(along), "edit": list(labels)}
-    return xr.DataArray(np.full((len(table), len(along), len(labels)), np.nan), coords, ("sink", dim, "edit"))
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
