@@ -12,6 +12,7 @@ from common import lens, prompt, real
 import sink_circuits as sc
 from sink_circuits import anatomy
 from sink_circuits.anatomy import direct_writes, profiles
+from sink_circuits.anatomy_of_one import PARTS, anatomy_of_one
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 
@@ -29,6 +30,15 @@ def every_result() -> dict[str, anatomy.Anatomy]:
         anatomy.key_query_geometry(*args, found(), **QUIET), anatomy.attention_patterns(*args, found(), **QUIET),
     ]  # fmt: skip
     return {one.kind: one for one in made}
+
+
+def test_stages_and_neurons_are_those_of_the_mlp_that_writes():
+    """Whatever removal takes most: there the figures would show nothing of the sink's direction."""
+    parts, missing = anatomy_of_one(lens(), [prompt()], secondary(), pd.Series([2]), verbose=False)
+    layers = {one.kind: one.data["layer"].to_numpy().tolist() for one in parts if one.kind in ("mlp_stages", "neurons")}
+    assert layers == {"mlp_stages": [6], "neurons": [6]}
+    assert [one.kind for one in parts] == list(PARTS)
+    assert not missing
 
 
 KINDS = sorted(one.kind for one in anatomy.Anatomy.__subclasses__())

@@ -1,5 +1,7 @@
 """Who writes and erases the direction of a sink, as planted, as by hand and as in plain Hugging Face."""
 
+import dataclasses
+
 import eager
 import numpy as np
 import pytest
@@ -24,6 +26,15 @@ def test_the_planted_writers_and_erasers_come_out(backend):
     assert by_role[SINK, "writer"].excess == pytest.approx(40, abs=0.1)
     assert by_role[SINK, "writer"].share == pytest.approx(1, abs=1e-2)
     assert by_role[SINK, "eraser"].share == pytest.approx(-1, abs=1e-2)
+
+
+def test_the_writing_mlp_is_the_planted_one():
+    result = anatomy.writers(lens(), [prompt()], found(), **QUIET)
+    assert dict(zip(result.table["pos"], result.writing_mlp(), strict=True)) == {0: 2, SINK: 6}
+    # Only MLPs up to l_start count, and one that writes against the direction is none.
+    late = dataclasses.replace(result, table=result.table.assign(l_start=[1] * len(result.table)))
+    data = late.data.assign(write=-late.data["write"].clip(min=0), ordinary=late.data["ordinary"] * 0)
+    assert dataclasses.replace(late, data=data).writing_mlp().tolist() == [-1] * len(result.table)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -304,7 +304,7 @@ def test_save_figure_refuses_other_kinds(tmp_path):
 
 def test_save_figure_says_what_a_picture_needs(tmp_path, monkeypatch):
     def missing(*_, **__):
-        raise ValueError("kaleido is not there\nsecond line")
+        raise ValueError("\nkaleido is not there\nsecond line")  # plotly's own begins with an empty line
 
     monkeypatch.setattr(go.Figure, "to_image", missing)
     with pytest.raises(ResultError, match=r"needs the package kaleido and a Chromium browser \(kaleido is not there\)"):

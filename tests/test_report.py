@@ -14,13 +14,13 @@ import torch
 from test_figures import HOSTILE, Elements
 
 import sink_circuits as sc
-from sink_circuits import figures, planted, report
+from sink_circuits import anatomy, figures, planted, report
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.report import page as page_module
 from sink_circuits.report import text as words
-from sink_circuits.report.sections import causal_sections, lift_title
+from sink_circuits.report.sections import anatomy_sections, causal_sections, lift_title
 
 NAMES = ["</script><img src=x onerror=alert(1)>", "b & <i>c</i>"]
 CHROMIUM = next(
@@ -59,6 +59,21 @@ def page_of(made, **changed):
         "command": "sink-circuits report <model>\n  --prompts a&b",
     }
     return report.render(**{**parts, **changed})
+
+
+@pytest.mark.parametrize("layers, said", [([2, 6, 13], False), ([2, 13], True)])
+def test_a_section_says_when_it_is_not_of_the_forming_mlp(made, layers, said):
+    """A map that lacks the writing MLP 6 picks another."""
+    plant = planted.minimal()
+    model, tokens = plant.bridge(), sc.Tokens((plant.tokens(),), ("a",))
+    sinks = sc.find_sinks(model, tokens, verbose=False).select("secondary")
+    mapped = sc.layer_map(model, tokens, sinks, layers=layers, verbose=False)
+    stages = anatomy.mlp_stages(model, tokens, sinks, layer=6, verbose=False)
+    section = next(one for one in anatomy_sections([mapped, stages]) if one.title == "Stages of the MLP")
+    forming = int(mapped.forming().iloc[0])
+    assert (f"MLP 6, which writes the sink, not of MLP {forming}, whose removal" in section.caption) == said
+    assert (forming == 6) != said
+    assert "whose removal" not in anatomy_sections([stages])[-1].caption  # without a map nothing is known
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,19 @@ class Writers(Anatomy):
         columns = ["sink", "prompt", "pos", "token", "role", "component", "layer", "excess", "share"]
         return pd.DataFrame(rows, columns=columns)
 
+    def writing_mlp(self) -> pd.Series:
+        """The layer of the MLP with the largest positive excess along "start" among those up to l_start, [sink]; -1 where none writes.
+
+        It need not be the forming MLP, whose removal takes most from the sink: an earlier one may make the token that this
+        one then writes upon.
+        """
+        excess = self.excess().sel(direction="start").where(self.data["part"] == PARTS.index("mlp"), -np.inf)
+        layer = self.data["component_layer"]
+        start = xr.DataArray(self.table["l_start"].to_numpy(), dims="sink")
+        excess = excess.where(layer <= start, -np.inf)
+        found = layer.to_numpy()[excess.argmax("component").to_numpy()]
+        return pd.Series(np.where(excess.max("component").to_numpy() > 0, found, -1))
+
 
 @torch.no_grad()
 def writers(model, tokens, sinks: Sinks, *, attention_mask=None, verbose: bool = True) -> Writers:

@@ -215,7 +215,7 @@ def panel(outcome: str) -> str:
 
 
 def first_line(value) -> str:
-    return (str(value).splitlines() or [""])[0][:160]
+    return (str(value).strip().splitlines() or [""])[0][:160]
 
 
 def model_of(result) -> str:

@@ -103,6 +103,8 @@ ANATOMY = {
     "attention_patterns": "Attention patterns",
 }
 """Sections of the anatomy in their order."""
+OF_AN_MLP = ("mlp_stages", "neurons")
+"""What is seen of one MLP of each sink."""
 MAX_PATTERNS = 3
 """Texts whose attention patterns a page shows."""
 TEXT, NAME, WIDE = "text", "text name", "text name wide"
@@ -169,8 +171,30 @@ def anatomy_sections(results: Sequence) -> list[Section]:
         drawn = (_drawn(f"anatomy-{index}-figure", result.plot()),)
         title = ANATOMY.get(result.kind, result.kind)
         views = _views(index, result) if isinstance(result, AttentionPatterns) else ()
-        sections.append(Section(f"anatomy-{index}", title, CAPTIONS.get(result.kind, ""), drawn, views=views))
+        said = [CAPTIONS.get(result.kind, ""), _not_forming(result, results) if result.kind in OF_AN_MLP else ""]
+        caption = " ".join(sentence for sentence in said if sentence)
+        sections.append(Section(f"anatomy-{index}", title, caption, drawn, views=views))
     return [one for one in sections if one is not None]
+
+
+def _not_forming(result: Anatomy, results: Sequence) -> str:
+    """Says so where the MLP that was looked into is not the one whose removal takes most from the sink, by the layer map."""
+    key, forming = ["prompt", "pos", "l_start"], {}
+    for mapped in (one for one in results if isinstance(one, Effect) and one.kind == "layer_map"):
+        try:
+            layers = mapped.forming()
+        except InputError:  # a sink without a defined effect: the map's own section says so
+            continue
+        forming |= {
+            tuple(sink): int(layer) for sink, layer in zip(mapped.table[key].to_numpy().tolist(), layers, strict=True)
+        }
+    own = zip(map(tuple, result.table[key].to_numpy().tolist()), map(int, result.data["layer"].to_numpy()), strict=True)
+    pairs = sorted({(layer, forming[sink]) for sink, layer in own if layer != forming.get(sink, layer)})
+    said = [
+        f"MLP {layer}, which writes the sink, not of MLP {removed}, whose removal takes most from it"
+        for layer, removed in pairs
+    ]
+    return f"It is that of {join(said)}." if said else ""
 
 
 def _views(index: int, result: AttentionPatterns) -> tuple[Markup, ...]:
