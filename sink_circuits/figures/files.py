@@ -44,7 +44,8 @@ def save_figure(
             Exception
         ) as error:  # plotly and kaleido raise ValueError, RuntimeError, ImportError and their own classes
             raise ResultError(
-                f"a .{kind} figure needs the package kaleido and a Chromium browser ({first_line(error)}): pip install 'sink-circuits[static]', or save .html."
+                f"a .{kind} figure needs the package kaleido and a Chromium browser ({first_line(error)}): "
+                "pip install 'sink-circuits[static]', or save .html."
             ) from error
     else:
         raise ResultError(

@@ -179,7 +179,8 @@ def anatomy_sections(results: Sequence) -> list[Section]:
 
 def _not_forming(result: Anatomy, results: Sequence) -> str:
     """Says so where the MLP that was looked into is not the one whose removal takes most from the sink, by the layer map."""
-    key, forming = ["prompt", "pos", "l_start"], {}
+    key = ["prompt", "pos", "l_start"]
+    forming: dict[tuple, int] = {}
     for mapped in (one for one in results if isinstance(one, Effect) and one.kind == "layer_map"):
         try:
             layers = mapped.forming()
