@@ -71,7 +71,7 @@ def test_a_section_says_when_it_is_not_of_the_forming_mlp(made, layers, said):
     stages = anatomy.mlp_stages(model, tokens, sinks, layer=6, verbose=False)
     section = next(one for one in anatomy_sections([mapped, stages]) if one.title == "Stages of the MLP")
     forming = int(mapped.forming().iloc[0])
-    assert (f"MLP 6, which writes the sink, not of MLP {forming}, whose removal" in section.caption) == said
+    assert (f"MLP 6, which writes the sink, not MLP {forming}, whose removal" in section.caption) == said
     assert (forming == 6) != said
     assert "whose removal" not in anatomy_sections([stages])[-1].caption  # without a map nothing is known
 

@@ -192,10 +192,10 @@ def _not_forming(result: Anatomy, results: Sequence) -> str:
     own = zip(map(tuple, result.table[key].to_numpy().tolist()), map(int, result.data["layer"].to_numpy()), strict=True)
     pairs = sorted({(layer, forming[sink]) for sink, layer in own if layer != forming.get(sink, layer)})
     said = [
-        f"MLP {layer}, which writes the sink, not of MLP {removed}, whose removal takes most from it"
+        f"MLP {layer}, which writes the sink, not MLP {removed}, whose removal takes most from it"
         for layer, removed in pairs
     ]
-    return f"It is that of {join(said)}." if said else ""
+    return f"Shown is {join(said)}." if said else ""
 
 
 def _views(index: int, result: AttentionPatterns) -> tuple[Markup, ...]:
