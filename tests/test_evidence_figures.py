@@ -131,20 +131,17 @@ def test_many_edits_stand_one_below_the_other(results):
 
 
 def test_attributed_effects_stand_beside_exact_ones(results):
-    figure = results.attribution.plot()
+    """As far as a layer's attention reads a sink: later layers have no attribution, and are no empty half of the figure."""
+    figure, prompts = results.attribution.plot(), results.attribution.table["prompt"].to_numpy()
+    data = results.attribution.data.isel(layer=slice(0, int(results.attribution.table["l_end"].max()) + 1))
+    assert np.isfinite(data["attribution"]).all("sink")[-1]
+    assert not np.isfinite(results.attribution.data["attribution"]).isel(layer=slice(data.sizes["layer"], None)).any()
     for name, label in (("exact", "exact removal"), ("attribution", "attributed")):
         (line,) = named(figure, label)
-        values = (
-            results.attribution.data[name]
-            .to_pandas()
-            .groupby(results.attribution.table["prompt"].to_numpy())
-            .mean()
-            .mean()
-        )
-        same(line.y, values)
+        same(line.y, data[name].to_pandas().groupby(prompts).mean().mean())
     (dots,) = named(figure, "sink and layer")
-    same(dots.x, results.attribution.data["exact"].to_numpy().ravel())
-    same(dots.y, results.attribution.data["attribution"].to_numpy().ravel())
+    same(dots.x, data["exact"].to_numpy().ravel())
+    same(dots.y, data["attribution"].to_numpy().ravel())
 
 
 def test_a_sweep_is_drawn_by_layer_and_factor(tmp_path):

@@ -402,7 +402,10 @@ def attribution_figure(result) -> go.Figure:
     On the dotted line the attribution is what an exact removal gives.
     """
     arguments.instance(result, "result", Attribution, "pass what attribute returns")
+    defined = np.flatnonzero(np.isfinite(result.data["attribution"]).any("sink").to_numpy())
     layers = result.data["layer"].to_numpy()
+    if len(defined):
+        layers = layers[: defined[-1] + 1]  # no later layer reads a sink
     figure = make_subplots(
         rows=2, cols=1, vertical_spacing=0.16, row_heights=[0.5, 0.5],
         subplot_titles=["by layer of the MLP", "every sink and layer (dotted: equal)"],
@@ -411,7 +414,7 @@ def attribution_figure(result) -> go.Figure:
     for name, label, colour, dash, marker in (
         ("exact", "exact removal", BLUE, "solid", "circle"), ("attribution", "attributed", VERMILLION, "dash", "square"),
     ):  # fmt: skip
-        values = result.data[name].transpose("sink", "layer").to_numpy().astype(float)
+        values = result.data[name].transpose("sink", "layer").to_numpy().astype(float)[:, : len(layers)]
         estimates = [
             bootstrap_over_prompts(own, prompts, name=f"attribution/{name}/{layer}")
             for layer, own in zip(layers, values.T, strict=True)
@@ -420,7 +423,7 @@ def attribution_figure(result) -> go.Figure:
         trace = interval_trace(layers, rows, "mean", colour, label, "layer %{x}", dash=dash, marker=marker)
         figure.add_trace(trace, row=1, col=1)
     exact, attributed = (
-        result.data[name].transpose("sink", "layer").to_numpy().astype(float).ravel()
+        result.data[name].transpose("sink", "layer").to_numpy().astype(float)[:, : len(layers)].ravel()
         for name in ("exact", "attribution")
     )
     dots = go.Scatter(
