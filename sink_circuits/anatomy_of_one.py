@@ -23,8 +23,8 @@ OF_AN_MLP = ("mlp_stages", "neurons")
 def strongest_sink(sinks: Sinks, forming: pd.Series | None = None) -> tuple[Sinks, pd.Series | None]:
     """The sink with the highest defined score, those that are no primary first, and its forming layer where one is given."""
     table = sinks.table.reset_index(drop=True)
-    order = table.assign(later=table["kind"] != "primary").sort_values(
-        ["later", "score"], ascending=False, kind="stable"
+    order = table.assign(defined=table["score"].notna(), later=table["kind"] != "primary").sort_values(
+        ["defined", "later", "score"], ascending=False, kind="stable"
     )
     row = int(order.index[0])
     one = Sinks(table.iloc[[row]].reset_index(drop=True), sinks.prompts, sinks.manifest)

@@ -26,10 +26,18 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.experiments import FACTORS, REMOVALS, check_doses, dosed, name_of, prepare, removal
 from sink_circuits.interventions import random_perturbation, zero
-from sink_circuits.measurement import as_edits, check_handed_on, check_labels, check_options, check_sinks, measure
+from sink_circuits.measurement import (
+    as_edits,
+    check_handed_on,
+    check_known,
+    check_labels,
+    check_options,
+    check_sinks,
+    measure,
+)
 from sink_circuits.models import adapt, backend_of, load_model
 from sink_circuits.outcomes import in_order
-from sink_circuits.prompts import Tokens
+from sink_circuits.prompts import Tokens, token_texts
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.scores import MIN_QUERIES
 
@@ -186,12 +194,18 @@ class Controlled:
 
 
 def match_positions(
-    model, tokens: Tokens, sinks: Sinks, found: Sinks | None = None, *, path: str = "auto"
+    model,
+    tokens: Tokens,
+    sinks: Sinks,
+    found: Sinks | None = None,
+    *,
+    min_queries: int = MIN_QUERIES,
+    path: str = "auto",
 ) -> pd.DataFrame:
     """For every sink and position control the token that stands in for it: columns sink, control, pos, norm_ratio, reason.
 
     Candidates are tokens of the same text that are never a sink (in `found`, all sinks of these prompts; `sinks` when
-    None), do not stand among the first `SKIP_FIRST`, and have later queries enough for a score. "same token": the same
+    None), do not stand among the first `SKIP_FIRST`, and have `min_queries` later queries, enough for a score. "same token": the same
     token id, the nearest; "same range": another token within `REACH` positions, the nearest; "norm matched": the norm
     of resid_post[l_start] nearest to the sink's, within a factor `NORM_RATIO`. Ties go to the earlier. `pos` is -1 and
     `reason` says why where there is none; `norm_ratio` is the control's norm over the sink's.
@@ -206,7 +220,7 @@ def match_positions(
         here = taken[taken["prompt"] == name]
         free = torch.ones(len(ids), dtype=torch.bool)
         free[: min(SKIP_FIRST, len(ids))] = False
-        free[max(0, len(ids) - MIN_QUERIES) :] = False
+        free[max(0, len(ids) - min_queries) :] = False
         free[sorted({*here["pos"], *here["primary_pos"]})] = False
         for index, row in own.iterrows():
             norm = clean.resid_post(int(row["l_start"])).float().norm(dim=-1).cpu()
@@ -282,7 +296,7 @@ def with_controls(
     table = check_sinks(sinks, tokens)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
     path = options.get("path", "auto")
-    found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else found
+    found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else check_known(found, tokens)
     random_model = randomly_initialised(model) if random_model is True else random_model
     interventions = _by_label(model, tokens, treated, intervention, doses, found, path)
     own_layers = tuple(prepared.layers_of(row) for _, row in table.iterrows())
@@ -291,7 +305,9 @@ def with_controls(
     effect = treatment.measure(treated, treatment.edits, "treated", settings=settings)
     beside = []
     if asked := [name for name in POSITION_CONTROLS if name in controls]:
-        stand_ins = match_positions(model, tokens, treated, found, path=path)
+        stand_ins = match_positions(
+            model, tokens, treated, found, min_queries=options.get("min_queries", MIN_QUERIES), path=path
+        )
         beside += [_at_position(treatment, name, stand_ins[stand_ins["control"] == name]) for name in asked]
     if "wrong layer" in controls:
         beside.append(_at_wrong_layer(treatment, also_forming, by_sink=isinstance(layer, str)))
@@ -359,7 +375,7 @@ def _at_position(treatment: _Treatment, control: str, matches: pd.DataFrame) -> 
     if not len(matched):
         return _Beside(control, matches)
     of = matched["sink"].tolist()
-    at = moved(treatment.sinks, treatment.tokens, of, matched["pos"].tolist(), control)
+    at = moved(treatment.model, treatment.sinks, treatment.tokens, of, matched["pos"].tolist(), control)
 
     def edits(label, row: pd.Series) -> tuple[Edit, ...]:
         return treatment.edits_at(label, row, treatment.own_layers[of[cast(int, row.name)]])
@@ -428,7 +444,7 @@ def _side_by_side(effect: Effect, beside: Sequence[_Beside], draws: Effect | Non
     labels, sinks = list(effect.data["edit"].values), np.arange(len(effect.table))
 
     def values(measured: Effect, outcome: str) -> np.ndarray:
-        return measured.over_lifetime(outcome).transpose("sink", "edit").to_numpy()
+        return measured.over_lifetime(outcome).transpose("sink", "edit").to_numpy().astype(np.float64)
 
     data: dict[str, Any] = {}
     n_draws = 0 if draws is None else draws.data.sizes["edit"] // len(labels)
@@ -503,11 +519,11 @@ def randomly_initialised(model, name: str = "random model"):
     return load_model(random.eval(), tokenizer=adapter.tokenizer, verbose=False)
 
 
-def moved(sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
-    """The sinks' rows at other positions: their layers and primary stay, so that the same cells are read."""
+def moved(model, sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
+    """The sinks' rows at other positions, of another token: their layers and primary stay, so that the same cells are read."""
     table = sinks.table.iloc[list(of)].reset_index(drop=True).assign(pos=list(positions), kind=control)
     ids = [int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)]
-    return Sinks(table.assign(token_id=ids), sinks.prompts, sinks.manifest)
+    return Sinks(table.assign(token_id=ids, token=token_texts(model, torch.tensor(ids))), sinks.prompts, sinks.manifest)
 
 
 def _instead(edit: Edit, written: torch.Tensor) -> Edit:

@@ -30,8 +30,9 @@ from sink_circuits.interventions import (
     swap_norm,
     zero,
 )
-from sink_circuits.measurement import measure
+from sink_circuits.measurement import check_known, measure
 from sink_circuits.prompts import Tokens
+from sink_circuits.scores import MIN_QUERIES
 
 NORM_AND_DIRECTION = (
     "zero", "swap_norm", "swap_direction", "remove_direction", "keep_direction", "random_direction",
@@ -70,11 +71,16 @@ def norm_and_direction(
     prepared = prepare(model, tokens, sinks, layer, layers, forming, options)
     tokens, sinks = prepared.tokens, prepared.sinks
     path = options.get("path", "auto")
-    found = find_sinks(model, tokens, path=path, verbose=options.get("verbose", True)) if found is None else found
+    found = (
+        find_sinks(model, tokens, path=path, verbose=options.get("verbose", True))
+        if found is None
+        else check_known(found, tokens)
+    )
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
     own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
-    matches = match_positions(model, tokens, treated, found, path=path)
+    min_queries = options.get("min_queries", MIN_QUERIES)
+    matches = match_positions(model, tokens, treated, found, min_queries=min_queries, path=path)
     nearby = matches[matches["control"] == "same range"].set_index("sink")
     for index, row in nearby[nearby["pos"] < 0].iterrows():
         sink = table.loc[index]

@@ -266,7 +266,7 @@ def interaction(separate: Effect, together: Effect) -> Interaction:
         if one != other:
             raise InputError(f"the two experiments differ in {what}: run the same one with together=False and True.")
     outcomes = [name for name in separate.outcomes if name in together.outcomes]
-    n_joint = separate.table.groupby("prompt")["pos"].transform("size")
+    n_joint = separate.table.groupby("prompt")["pos"].transform("nunique")
     sinks = separate.table[["prompt", "pos", "token", "kind", "l_start", "l_end"]].assign(n_joint=n_joint)
     frames = []
     for outcome in outcomes:

@@ -23,7 +23,7 @@ from sink_circuits.edits import Contribution, Edit, custom
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.interventions import check_factor, replace, rescale, zero
-from sink_circuits.measurement import check_handed_on, check_options, check_sinks, measure
+from sink_circuits.measurement import check_handed_on, check_known, check_options, check_sinks, measure
 from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.scores import MIN_QUERIES
@@ -226,6 +226,8 @@ def prepare_removal(
     name = name_of(intervention, REMOVALS)
     treated = prepare(model, tokens, sinks, layer, layers, forming, options)
     known = treated.sinks if sinks is None else found
+    if known is not None:
+        check_known(known, treated.tokens)
     return name, treated, removal(model, tokens, treated.sinks, intervention, known, options)
 
 

@@ -27,6 +27,7 @@ from sink_circuits.measurement import (
     EditsOf,
     change_nothing,
     check_handed_on,
+    check_known,
     check_labels,
     check_options,
     check_parts,
@@ -183,11 +184,9 @@ def measure_mass(
     adapter = adapt(model)
     check_options(adapter, min_queries, batch_size, path, memory=memory, settings=settings, verbose=verbose)
     labels = check_labels(labels)
-    if found is not None:
-        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     tokens = as_tokens(model, tokens, attention_mask)
     table = check_sinks(sinks, tokens, adapter.n_layers)
-    known = table if found is None else pd.concat([table, found.table], ignore_index=True)
+    known = table if found is None else pd.concat([table, check_known(found, tokens).table], ignore_index=True)
     plan = plan_of(edits_of, labels, table)
     for prompt, cells in zip(table["prompt"], plan, strict=True):
         for cell in cells:

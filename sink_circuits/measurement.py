@@ -276,18 +276,33 @@ def check_sinks(sinks: Sinks, tokens: Tokens, n_layers: int = MOST) -> pd.DataFr
             f"sinks of prompt {sorted(missing)[0]!r} were given without its tokens: pass the tokens they were found in."
         )
     for row in table.itertuples():
-        ids = tokens.ids[tokens.names.index(row.prompt)]
-        there = all(is_whole(place) and 0 <= place < len(ids) for place in (row.pos, row.primary_pos))
-        if not there or int(ids[row.pos]) != row.token_id:
-            raise InputError(
-                f"the sink at position {row.pos} of prompt {row.prompt!r} is another token there: pass the tokens it was found in."
-            )
+        _check_place(row, tokens)
         if not (is_whole(row.l_start) and is_whole(row.l_end) and 0 <= row.l_start <= row.l_end < n_layers):
             raise InputError(
                 f"the sink at position {row.pos} of prompt {row.prompt!r} lives in layers {shown(row.l_start)}..{shown(row.l_end)}, "
                 "which this model has not: pass sinks that were found in it."
             )
     return table
+
+
+def check_known(found: Sinks, tokens: Tokens) -> Sinks:
+    """`found`, sinks that are known beside those treated. Raises InputError unless those of these prompts stand in these tokens;
+    sinks of other prompts are no matter."""
+    if not isinstance(found, Sinks):
+        raise InputError(f"found of type {type(found).__name__} cannot be read: pass what find_sinks returns.")
+    for row in check_table(found.table, COLUMNS[:10]).itertuples():
+        if row.prompt in tokens.names:
+            _check_place(row, tokens)
+    return found
+
+
+def _check_place(row, tokens: Tokens) -> None:
+    ids = tokens.ids[tokens.names.index(row.prompt)]
+    there = all(is_whole(place) and 0 <= place < len(ids) for place in (row.pos, row.primary_pos))
+    if not there or int(ids[row.pos]) != row.token_id:
+        raise InputError(
+            f"the sink at position {row.pos} of prompt {row.prompt!r} is another token there: pass the tokens it was found in."
+        )
 
 
 def _cells(rows: np.ndarray, plan: list[list[tuple[Edit | Hold, ...]]], n_labels: int, together: bool):

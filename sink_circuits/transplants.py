@@ -7,7 +7,7 @@ in directions drawn by name, which should make none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,7 +24,7 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import prepare
 from sink_circuits.interventions import random_direction, replace, write_along
-from sink_circuits.measurement import measure
+from sink_circuits.measurement import check_known, measure
 from sink_circuits.prompts import Tokens
 
 EDITS = ("transplant", "transplant_norm")
@@ -63,12 +63,18 @@ def sufficiency(
     if found is not None:
         arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     path = options.get("path", "auto")
-    found = find_sinks(model, tokens, path=path, verbose=options.get("verbose", True)) if found is None else found
+    found = (
+        find_sinks(model, tokens, path=path, verbose=options.get("verbose", True))
+        if found is None
+        else check_known(found, tokens)
+    )
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
     own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]
-    chosen = _stand_ins(model, tokens, treated, found, path) if onto is None else _given(onto, tokens, treated, found)
-    at = moved(treated, tokens, range(len(table)), chosen["pos"].tolist(), chosen["control"].tolist())
+    chosen = (
+        _stand_ins(model, tokens, treated, found, options) if onto is None else _given(onto, tokens, treated, found)
+    )
+    at = moved(model, treated, tokens, range(len(table)), chosen["pos"].tolist(), chosen["control"].tolist())
     at = Sinks(at.table.assign(donor_pos=table["pos"]), at.prompts, at.manifest)
     written = _written(model, tokens, table, own_layers, path)
 
@@ -91,9 +97,10 @@ def _edit(label: str, layer: int, row: pd.Series, written: _Written) -> Edit:
     return compose(transplant, random_direction(layer, pos, row["prompt"], int(label.split()[-1])))
 
 
-def _stand_ins(model, tokens: Tokens, treated: Sinks, found: Sinks, path: str) -> pd.DataFrame:
+def _stand_ins(model, tokens: Tokens, treated: Sinks, found: Sinks, options: Mapping) -> pd.DataFrame:
     """Where each sink's contribution is written: columns pos, control. Raises InputError for a sink without such a token."""
-    chosen = stand_ins(match_positions(model, tokens, treated, found, path=path))
+    own = {name: options[name] for name in ("min_queries", "path") if name in options}
+    chosen = stand_ins(match_positions(model, tokens, treated, found, **own))
     for index in np.flatnonzero(chosen["pos"].to_numpy() < 0):
         sink = treated.table.loc[index]
         raise InputError(

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 from anatomies import QUIET, found, load, repeated_tokens, secondary, sinks_at
-from common import lens, prompt, real
+from common import SINK, lens, prompt, real
 
 import sink_circuits as sc
 from sink_circuits import anatomy
 from sink_circuits.anatomy import direct_writes, profiles
-from sink_circuits.anatomy_of_one import PARTS, anatomy_of_one
+from sink_circuits.anatomy_of_one import PARTS, anatomy_of_one, strongest_sink
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError, ResultError
 
@@ -39,6 +39,16 @@ def test_stages_and_neurons_are_those_of_the_mlp_that_writes():
     assert layers == {"mlp_stages": [6], "neurons": [6]}
     assert [one.kind for one in parts] == list(PARTS)
     assert not missing
+
+
+def test_the_sink_taken_apart_has_a_score():
+    """A later one too near the end of its text for a score does not stand before a primary that has one."""
+    text = prompt()[: SINK + 12]
+    sinks = sc.find_sinks(lens(), [text], verbose=False)
+    assert sinks.table.set_index("pos")["score"].isna().to_dict() == {0: False, SINK: True}
+    assert strongest_sink(sinks)[0].table["pos"].tolist() == [0]
+    parts, _ = anatomy_of_one(lens(), [text], sinks, verbose=False)
+    assert all(one.table["pos"].iloc[0] == 0 for one in parts)
 
 
 KINDS = sorted(one.kind for one in anatomy.Anatomy.__subclasses__())

@@ -1,5 +1,7 @@
 """The neurons that carry the write, as planted, by hand, and by removing them."""
 
+import dataclasses
+
 import eager
 import hand
 import numpy as np
@@ -125,6 +127,12 @@ def test_neurons_refuse_what_they_cannot_do():
         anatomy.ablate_neurons(model, [prompt()], sinks, carrying, n=20, **QUIET)
     with pytest.raises(InputError, match="pass neurons\\(\\) of these sinks"):
         anatomy.ablate_neurons(model, [prompt()], found(), carrying)
+    other = dataclasses.replace(carrying, table=carrying.table.assign(prompt="another"))
+    with pytest.raises(InputError, match="pass neurons\\(\\) of these sinks"):  # at the same position, of another text
+        anatomy.ablate_neurons(model, [prompt()], sinks, other)
+    for option in ("what", "settings", "speed"):
+        with pytest.raises(InputError, match=f"option '{option}' is unknown here"):
+            anatomy.ablate_neurons(model, [prompt()], sinks, carrying, **{option: "x"})
     with pytest.raises(InputError, match="pass what ablate_neurons returns"):
         anatomy.against_random(sc.ablate(model, [prompt()], sinks, layer=6, **QUIET))
     with pytest.raises(InputError, match="forming holds 3 layers for 1 sinks"):

@@ -325,6 +325,9 @@ def test_each_sink_ranks_among_all_its_controls():
             assert found_here["n_controls"] == len(others)
             assert "random model" in found_here["unmatched"]  # none was given
     assert (table.xs("zero", level="edit")["rank"] == 1).all()
+    assert {result.data[name].dtype for name in result.data.data_vars} == {
+        np.dtype(np.float64)
+    }  # what means are taken of
     with pytest.raises(InputError, match="'speed' was not measured: there are score, log_odds"):
         result.by_sink("speed")
 
@@ -353,6 +356,42 @@ def test_ends_of_the_text_are_no_controls():
     ids[25:] = ids[5]
     late = match_positions(lens(), sc.Tokens((ids,), ("t",)), sinks)
     assert late.set_index("control").loc["same token", "pos"] < 24  # later ones have too few queries
+
+
+def test_controls_have_as_many_later_queries_as_a_score_needs():
+    """With 50 asked for, position 75 of 96 has none to be scored by: no match may stand there and say that it was measured."""
+    some = with_controls(
+        lens(), sc.Tokens(TEXTS, NAMES), treated(), layers=[6, 7], found=found(), min_queries=50, n_random=0,
+        controls=controls.POSITION_CONTROLS, verbose=False,
+    )  # fmt: skip
+    matched = some.matches[some.matches["pos"] >= 0]
+    assert len(matched) and (matched["pos"] < 96 - 50).all()
+    defined = some.data["control_log_odds"].isel(edit=0).to_pandas()
+    scored = np.isfinite(some.data["effect_log_odds"].isel(edit=0).to_numpy())
+    assert scored.any()
+    for row in matched[scored[matched["sink"]]].itertuples():
+        assert np.isfinite(defined.loc[row.sink, row.control]), row
+
+
+OF_FOUND = {
+    "with_controls": lambda *args, found: with_controls(*args, layer=6, found=found, n_random=0, verbose=False),
+    "mass_account": lambda *args, found: sc.mass_account(*args, layer=6, found=found, verbose=False),
+    "mean": lambda *args, found: sc.ablate(*args, layers=[6], intervention="mean", found=found, verbose=False),
+    "sufficiency": lambda *args, found: sc.sufficiency(*args, layer=6, found=found, verbose=False),
+    "norm_and_direction": lambda *args, found: sc.norm_and_direction(*args, layer=6, found=found, verbose=False),
+}
+
+
+@pytest.mark.parametrize("name", OF_FOUND)
+def test_known_sinks_of_other_tokens_are_refused(name):
+    own = treated()
+    first = sc.Sinks(own.table[own.table["prompt"] == "0"].reset_index(drop=True), own.prompts, own.manifest)
+    cut = sc.Tokens((TEXTS[0], TEXTS[1][:50]), NAMES)  # the known sink at 55 of text 1 is gone
+    other = sc.Tokens((TEXTS[0], TEXTS[1].roll(1)), NAMES)
+    for tokens in (cut, other):
+        with pytest.raises(InputError, match="of prompt '1' is another token there: pass the tokens it was found in"):
+            OF_FOUND[name](lens(), tokens, first, found=found())
+    OF_FOUND[name](lens(), sc.Tokens(TEXTS[:1], NAMES[:1]), first, found=found())  # of further prompts is no matter
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

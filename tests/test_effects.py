@@ -240,6 +240,18 @@ def test_interaction_over_prompts_has_a_bootstrap_interval():
     assert abs(row.low - low) < error and abs(row.high - high) < error
 
 
+def test_a_position_that_is_edited_alone_has_no_interaction_however_often_it_is_listed():
+    """A primary with two phases is in the table twice and is one position."""
+    first, second = made_up(), made_up(seed=6)
+    table = first.table.assign(pos=first.table.groupby("prompt")["pos"].transform("first"))
+    joint = dataclasses.replace(first.manifest, settings={"together": True})
+    found = interaction(
+        sc.Effect(first.kind, first.data, table, first.manifest), sc.Effect(first.kind, second.data, table, joint)
+    )
+    assert (found.table["n_joint"] == 1).all()
+    assert (found.summary()["n_sinks"] == 0).all() and (found.summary()["n_alone"] == len(table)).all()
+
+
 def test_interaction_of_different_experiments_is_refused():
     effect = made_up()
 

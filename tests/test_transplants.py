@@ -36,6 +36,8 @@ def test_every_edit_is_the_one_by_hand(path):
     for index, row in result.table.iterrows():
         clean = by_hand(TEXTS[row.prompt])
         assert abs(row.pos - row.donor_pos) == 1 and row.kind == "same range"  # the same token is a sink everywhere
+        token = int(TEXTS.ids[TEXTS.names.index(row.prompt)][row.pos])
+        assert (row.token_id, row.token) == (token, f"<{token}>")  # of the treated token, not of the donor's
 
         def of(label, layer, clean=clean, row=row):
             donor, resid = clean.contributions[layer, row.donor_pos], clean.residuals[layer]

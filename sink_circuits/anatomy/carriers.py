@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -32,7 +31,7 @@ from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.interventions import neuron_contribution, part_through_norm, without_neurons
-from sink_circuits.measurement import measure
+from sink_circuits.measurement import check_handed_on, measure
 from sink_circuits.statistics import seed_of
 
 
@@ -222,11 +221,11 @@ def ablate_neurons(
     ...: as many others of the same MLP, drawn by name. With a norm behind the MLP the part is norm(output) - norm(output - part): the
     scale is recomputed. `found` must be of these sinks. Other options as in `measure`. Raises InputError.
     """
-    if unknown := set(options) - set(inspect.signature(measure).parameters):
-        raise InputError(f"option {sorted(unknown)[0]!r} is unknown: see measure() for those that there are.")
+    check_handed_on(options)
     tokens, table = prepare(model, tokens, sinks, options.get("attention_mask"))
     arguments.instance(found, "found", Neurons, "pass what neurons() returns")
-    if len(table) != len(found.table) or (table["pos"].to_numpy() != found.table["pos"].to_numpy()).any():
+    key = ["prompt", "pos", "l_start"]
+    if table[key].to_numpy().tolist() != found.table[key].to_numpy().tolist():
         raise InputError(
             f"the neurons of {len(found.table)} sinks were given for {len(table)} others: pass neurons() of these sinks."
         )
