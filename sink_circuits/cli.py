@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from sink_circuits.command_options import (
     check_free,
     check_suffix,
     load_texts,
+    prompts_of,
 )
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 from sink_circuits.experiment_commands import Ablate, Dose, Map
@@ -136,7 +139,7 @@ class Detect:
             "scores stand beside the geometry, they never decide."
         )
         if self.output.out and self.output.out.suffix == ".jsonl":
-            _write_official(model, tokens, given["first_positions"], self.output)
+            _write_official(model, tokens, self.texts, given["first_positions"], self.output)
         elif self.output.out and self.output.out.suffix == ".csv":
             from sink_circuits.results import write_whole
 
@@ -296,35 +299,82 @@ Start with `sink-circuits demo`; then `detect` on a text of your own, `map` to s
 `claims` for verdicts."""
 
 
+class Listener:
+    """A stream for what is said while the work goes on: one that closes, or is full, costs the words and not the results."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for tokens that the terminal cannot show
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self.stream.flush)
+
+    def _tried(self, work: Callable) -> None:
+        if self.error is None:
+            try:
+                work()
+            except OSError as error:
+                self.error = error
+                with contextlib.suppress(OSError, ValueError):  # what it still holds goes nowhere when Python ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def main(args: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 when a part failed, 2 for what the user can mend, 130 when interrupted."""
+    with contextlib.redirect_stdout(Listener(sys.stdout)) as said:
+        try:
+            code = _run(args)
+        finally:  # --help leaves by SystemExit
+            said.flush()
+    if said.error is not None and not isinstance(said.error, BrokenPipeError):  # `| head` has read enough
+        print(
+            f"sink-circuits: standard output cannot be written ({said.error.strerror}); files are not touched by that.",
+            file=sys.stderr,
+        )
+        return code or 1
+    return code
+
+
+def _run(args: list[str] | None) -> int:
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="sink-circuits", description=DESCRIPTION, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )  # fmt: skip
-        code = command.run() or 0
+        return command.run() or 0
     except SinkCircuitsError as error:
         print(f"sink-circuits: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nsink-circuits: interrupted; {str(stop) or 'files already written are whole'}.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stderr.close()
-        return 0
-    return code
+    except OSError as error:  # a folder that may not be entered, a disk that is full
+        print(
+            f"sink-circuits: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}).",
+            file=sys.stderr,
+        )
+        return 2
 
 
-def _write_official(model, tokens, first_positions, output: Table) -> None:
+def _write_official(model, tokens, texts: Texts, first_positions, output: Table) -> None:
+    """Records as the published code writes them: numbered in the prompts' own source, response apart from prompt."""
     from sink_circuits import detection, records
     from sink_circuits.clean_runs import run_clean
 
-    found = []
+    found, lengths = [], prompts_of(texts).prompt_lengths(model)
     for index, ids in enumerate(tokens):
         states = detection.official_hidden_states(model, run_clean(model, ids, resumable=False))
         result = detection.official(states, first_positions)
-        found.append(records.record_of(result, ids, index, n_layers=len(states)))
+        prompt_len = min(lengths[index], len(ids))
+        found.append(records.record_of(result, ids, texts.skip + index, n_layers=len(states), prompt_len=prompt_len))
     records.write_records(output.out, found, overwrite=output.overwrite)
 
 

@@ -110,19 +110,24 @@ class Table:
     """No progress bars."""
 
 
+def prompts_of(texts: Texts):
+    """The prompts that these options choose. Raises InputError when they choose none."""
+    from sink_circuits.prompts import load_prompts
+
+    prompts = load_prompts(texts.prompts, None if texts.n_prompts is None else texts.n_prompts + texts.skip)
+    if not 0 <= texts.skip < len(prompts):
+        raise InputError(f"skip = {texts.skip} of {len(prompts)} prompts: at least 0, and one must be left.")
+    return prompts[texts.skip :]
+
+
 def load_texts(
     name: str, texts: Texts, thresholds: dict, *, verbose: bool, method: str = "robust", selection: Selection | None = None,
     layers: tuple[int, ...] = (),
 ):  # fmt: skip
     """The model and its tokens; what can be wrong with the options is told before the model's weights are read."""
-    from sink_circuits.prompts import load_prompts
-
     if texts.max_tokens is not None and texts.max_tokens < 1:
         raise InputError(f"max_tokens = {texts.max_tokens}: at least 1.")
-    prompts = load_prompts(texts.prompts, None if texts.n_prompts is None else texts.n_prompts + texts.skip)
-    if not 0 <= texts.skip < len(prompts):
-        raise InputError(f"skip = {texts.skip} of {len(prompts)} prompts: at least 0, and one must be left.")
-    prompts = prompts[texts.skip :]
+    prompts = prompts_of(texts)
     check_layers(layers)
     from sink_circuits import detection, models
 

@@ -29,6 +29,10 @@ LINES_AT_ONCE = 8
 """Answers that are written together: what an interruption by force can lose."""
 
 
+COLDEST = 1e-4
+"""The lowest temperature that logits can be divided by and stay finite in float32."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How answers are generated. `temperature` 0 is greedy; above, tokens are drawn from the softmax of logits / temperature,
@@ -52,6 +56,8 @@ class Decoding:
             "seed": arguments.instance(self.seed, "seed", str, "give a name"),
             "chat": arguments.flag(self.chat, "chat"),
         }
+        if 0 < checked["temperature"] < COLDEST:
+            raise InputError(f"temperature = {self.temperature}: 0, which is greedy, or at least {COLDEST}.")
         if not checked["top_p"] > 0:
             raise InputError(f"top_p = {self.top_p}: above 0, at most 1.")
         for name, value in checked.items():  # plain numbers, which a manifest can hold
@@ -195,7 +201,7 @@ class _Book:
             text = path.read_text("utf-8") if path.exists() else ""
             lines = tuple(json.loads(line) for line in text.split("\n") if line.strip())
             wrong = [line for line in lines if not {"id", "prompt", "output"} <= set(line)]
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ResultError(
                 f"{path} exists and cannot be gone on with ({error}): choose another name, or pass overwrite=True."
             ) from error

@@ -174,15 +174,13 @@ def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:
 
 def _rendered(tokenizer, text: str) -> str:
     """The text as a user's message, up to where the model's own turn begins."""
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("this tokenizer has no chat template: leave `chat` off.")
     try:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of the model's: it may raise anything
         raise InputError(
             f"the chat template of this tokenizer cannot be filled in ({error}): leave `chat` off."
         ) from error

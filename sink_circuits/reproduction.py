@@ -164,8 +164,15 @@ def reproduce(
     arguments.instance(command, "command", str, "give it as it was typed")
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two models are named {twice[0]!r}: their figures would share a folder.")
-    if clash := set(names) & set(records or {}):
-        raise InputError(f"records and a model are both named {sorted(clash)[0]!r}: give the records another name.")
+    files = [_safe_name(name) for name in records or {}]
+    if twice := [name for name, file in zip(records or {}, files, strict=True) if files.count(file) > 1]:
+        raise InputError(
+            f"records {' and '.join(map(repr, twice))} would share a file: give them names that differ in letters or digits."
+        )
+    if clash := set(names) & set(files):
+        raise InputError(
+            f"records and a model would both be called {sorted(clash)[0]!r}: give the records another name."
+        )
     if (plan is None) if names else not records:
         raise InputError("nothing to reproduce: give models and a plan with prompts, or records of the published code.")
     formats, figures = (

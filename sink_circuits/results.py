@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -96,7 +97,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object], *, overwrite:
 
     path = arguments.path(path)
     check_target(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # short: any name that fits can be written
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -107,7 +108,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object], *, overwrite:
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,21 @@ class Texts:
                 object.__setattr__(self, name, whole(getattr(self, name), f"prompts.{name}", low=1))
         object.__setattr__(self, "chat", flag(self.chat, "prompts.chat"))
 
-    def read(self) -> tuple[tuple[str, str | tuple[int, ...]], ...]:
-        """(id, text or token ids) of every prompt. Raises InputError for an unknown kind or a file that cannot be read."""
+    def read(self) -> tuple[tuple[str, str | tuple[str, str] | tuple[int, ...]], ...]:
+        """(id, text, or text and output, or token ids) of every prompt. Raises InputError for an unknown kind, a file that cannot be
+        read, or one that holds fewer than `n`."""
         if self.tokens is not None:
-            return tuple((name, ids) for name, ids in read_token_file(Path(self.tokens))[: self.n])
-        from sink_circuits.prompts import load_prompts
+            found: Sequence[tuple] = read_token_file(Path(self.tokens))[: self.n]
+        else:
+            from sink_circuits.prompts import load_prompts
 
-        prompts = load_prompts(self.source, self.n)
-        if self.n is not None and len(prompts) < self.n:
-            raise InputError(f"prompts.n = {self.n}, and {self.source!r} holds {len(prompts)}: ask for no more.")
-        return tuple((prompt.id, prompt.text) for prompt in prompts)
+            prompts = load_prompts(self.source, self.n)
+            found = [(one.id, (one.text, one.output) if one.output else one.text) for one in prompts]
+        if self.n is not None and len(found) < self.n:
+            raise InputError(
+                f"prompts.n = {self.n}, and {self.tokens or self.source!r} holds {len(found)}: ask for no more."
+            )
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,11 @@ def read_note(folder: Path, name: str) -> dict | None:
     """What a figure's note says, with its files; None without one, or where it cannot be read."""
     try:
         note = json.loads(_note_path(folder, name).read_text("utf-8"))
-        return note if {"state", "reason", "seconds", "files", "unwritten"} <= set(note) else None
+        return (
+            note
+            if isinstance(note, dict) and {"state", "reason", "seconds", "files", "unwritten"} <= set(note)
+            else None
+        )
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

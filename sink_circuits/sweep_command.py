@@ -46,6 +46,8 @@ class Sweep:
             raise InputError(f"--workers {self.workers}: at least 0.")
         if self.workers and self.scheduler:
             raise InputError("--workers and --scheduler are two ways of computing: give one of them.")
+        if self.scheduler is not None and not self.scheduler.strip():
+            raise InputError("--scheduler is empty: give the address of a dask scheduler, tcp://host:8786.")
         from sink_circuits.studies import read_study
 
         study = read_study(self.study)

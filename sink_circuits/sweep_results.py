@@ -101,7 +101,7 @@ class SweepResult:
         left_out = (*CHECKS, *(name for name in ON_REQUEST if not getattr(self.study, name)))
         known = [one.name for one in BUILT_IN if one.name not in left_out]
         known += [path.split(":")[1] for path in self.study.outcomes]
-        if unknown := [name for name in outcomes or () if name not in known]:
+        if unknown := [name for name in arguments.several(outcomes or (), "outcomes", empty=True) if name not in known]:
             raise InputError(f"outcome {unknown[0]!r} was not measured: there are {', '.join(known)}.")
         table = self.table[self.table["outcome"].isin(list(known if outcomes is None else outcomes))]
         rows = []
@@ -141,7 +141,7 @@ class SweepResult:
 
         Raises InputError for another ending, ResultError when it cannot be written.
         """
-        path = Path(path)
+        path = arguments.path(path)
         if path.suffix not in (".parquet", ".csv"):
             raise InputError(f"{path} has no known ending: use .parquet or .csv.")
         frame = self.to_dataframe()
@@ -202,7 +202,12 @@ def _plans(cells) -> list[dict]:
     keys = {"cell", "model", "weights", "prompt", "layers"}
     if not isinstance(cells, list) or not all(isinstance(one, dict) and set(one) == keys for one in cells):
         raise ValueError("its plan of cells is not what a sweep writes")
-    if not all(isinstance(one["layers"], list) and Path(str(one["cell"])).name == one["cell"] for one in cells):
+    if not all(
+        isinstance(one["layers"], list)
+        and all(isinstance(part, str) for part in one["layers"])
+        and Path(str(one["cell"])).name == one["cell"]
+        for one in cells
+    ):
         raise ValueError("a cell of its plan has no proper name or layers")
     return cells
 

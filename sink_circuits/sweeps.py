@@ -110,11 +110,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a model before any cell can be named. `prompts`: (id, text or token ids)."""
+    """What is asked about a model before any cell can be named. `prompts` as `studies.Texts.read` gives them."""
 
     model: str
     source: str
-    prompts: tuple[tuple[str, str | tuple[int, ...]], ...]
+    prompts: tuple[tuple[str, str | tuple[str, str] | tuple[int, ...]], ...]
     max_tokens: int | None
     chat: bool
     settings: Mapping[str, Any]
@@ -227,9 +227,8 @@ def ask(question: Question) -> Answer:
     def answer() -> Facts:
         _check_functions(question.settings)
         model = _hold(question.source, question.settings["device"], anew=True)
-        if isinstance(question.prompts[0][1], str):
-            prompts = PromptSet(tuple(Prompt(name, "text", str(text)) for name, text in question.prompts))
-            tokens = prompts.tokens(model, max_tokens=question.max_tokens, chat=question.chat)
+        if texts := _texts(question.prompts):
+            tokens = PromptSet(texts).tokens(model, max_tokens=question.max_tokens, chat=question.chat)
         else:
             rows = tuple(torch.tensor(ids[: question.max_tokens]) for _, ids in question.prompts)
             tokens = as_tokens(model, Tokens(rows, tuple(name for name, _ in question.prompts)))
@@ -240,6 +239,12 @@ def ask(question: Question) -> Answer:
         return Facts(adapter.weights_hash, model.cfg.n_layers, tuple(tuple(ids.tolist()) for ids in tokens))
 
     return _caught(answer, question.settings["threads"])
+
+
+def _texts(prompts: Sequence[tuple]) -> tuple[Prompt, ...]:
+    """The prompts that `studies.Texts.read` gives as texts; none where they are token ids."""
+    pairs = [(name, (one, "") if isinstance(one, str) else one) for name, one in prompts]
+    return tuple(Prompt(name, "text", pair[0], pair[1]) for name, pair in pairs if isinstance(pair[0], str))
 
 
 def compute(cell: Cell) -> Answer:

@@ -103,7 +103,7 @@ REGISTRY: Mapping[str, BundledModel] = MappingProxyType(
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     """The cache directory: the argument, else SINK_CIRCUITS_CACHE, else the platform's place."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("sink_circuits")
-    return Path(chosen).expanduser().absolute()
+    return Path(os.path.expanduser(chosen)).absolute()  # `~` of a user who is none stays as it is
 
 
 def cached_folder(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
@@ -135,7 +135,7 @@ def convert_gguf(path: str | os.PathLike, cache_dir: str | os.PathLike | None = 
 
     Raises WeightsError for a file that is missing, not GGUF, damaged, or that transformers cannot read.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     try:
         with open(path, "rb") as file:
             magic = file.read(4)

@@ -1,7 +1,9 @@
 """The command line, run as a user runs it: real processes for what must be light, `main` for the rest."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +79,69 @@ def test_detect_official_writes_the_published_format(model, tmp_path):
     found = records.records_table(records.read_records(out))
     assert found["pos"].tolist() == [0, 30] * 3
     assert found["sink_type"].tolist() == ["bos_sink", "secondary"] * 3
+
+
+def test_official_records_tell_prompt_from_response_and_number_the_source(model, tmp_path):
+    folder, _ = model
+    words = [
+        " ".join(f"w{int(i)}" for i in planted.minimal().tokens(seed_name=name, sinks=(30,))).split() for name in "ab"
+    ]
+    answers = tmp_path / "answers.jsonl"
+    lines = [
+        {"id": str(n), "prompt": " ".join(own[:10]), "output": " " + " ".join(own[10:])} for n, own in enumerate(words)
+    ]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "sinks.jsonl"
+    args = ["--prompts", str(answers), "--quiet", "--skip", "1"]
+    assert main(["detect", folder, *args, "--method", "official", "--out", str(out)]) == 0
+    (record,) = records.read_records(out)
+    assert (record.sample_index, record.prompt_len, record.response_len) == (1, 10, len(words[1]) - 10)
+
+
+@pytest.mark.parametrize(("say", "code"), [("| true", 0), ("> /dev/full", 1)])
+def test_a_listener_that_leaves_costs_no_result(model, tmp_path, say, code):
+    """Standard output that closes, or is full, while the work goes on."""
+    if "/dev/full" in say and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    folder, texts = model
+    out = tmp_path / "sinks.csv"
+    command = shlex.join([sys.executable, "-u", "-m", "sink_circuits.cli", "detect", folder, *texts, "--out", str(out)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {say}"], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert ("standard output cannot be written" in done.stderr) == bool(code)
+    assert (pd.read_csv(out)["kind"] == "secondary").sum() == 3
+
+
+def test_tokens_that_the_terminal_cannot_show_do_not_end_the_work(model, tmp_path):
+    folder, _ = model
+    page = tmp_path / "\u65e5.html"
+    assert main(["detect", folder, *model[1], "--out", str(tmp_path / "sinks.parquet")]) == 0
+    command = [sys.executable, "-m", "sink_circuits.cli", "report", str(tmp_path / "sinks.parquet"), "--out", str(page)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0 and b"\\u65e5.html" in done.stdout
+    assert page.is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may enter every folder")
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o000)
+    for args in (["check", str(locked)], ["report", str(locked)], ["demo", "--folder", str(locked)]):
+        assert main(args) == 2
+        assert str(locked) in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_one_sentence(capsys, monkeypatch):
+    """Wherever it comes from: what a command does not foresee is still no traceback."""
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "some/folder")
+
+    monkeypatch.setattr(COMMANDS["models"], "run", refused)
+    assert main(["models"]) == 2
+    assert capsys.readouterr().err == "sink-circuits: some/folder cannot be read or written (Permission denied).\n"
 
 
 def test_map_ablate_and_dose(model, tmp_path, capsys):

@@ -173,6 +173,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0"),
         ({"temperature": -1}, "temperature = -1"),
         ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": 1e-40}, "temperature = 1e-40: 0, which is greedy, or at least 0.0001"),
         ({"top_p": 0}, "top_p = 0: above 0, at most 1"),
     ],
 )

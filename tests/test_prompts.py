@@ -134,6 +134,15 @@ def test_a_tokenizer_without_a_template_cannot_chat():
         load_prompts("maths", 1).tokens(Model(tokenizer(template=False)), chat=True)
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ nothing.there }}", "{% bad"])
+def test_a_template_that_fails_is_named(template):
+    """A template is a program that came with the model."""
+    broken = tokenizer()
+    broken.chat_template = template
+    with pytest.raises(InputError, match="chat template of this tokenizer cannot be filled in .*leave `chat` off"):
+        load_prompts("maths", 1).tokens(Model(broken), chat=True)
+
+
 def test_hash_tells_token_sequences_apart():
     def hash_of(*rows):
         return Tokens(tuple(torch.tensor(r) for r in rows), tuple("abcd"[: len(rows)])).hash

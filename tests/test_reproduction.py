@@ -313,7 +313,9 @@ def test_a_figure_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
     [
         (["x/planted", "y/planted"], {}, "two models are named 'planted'"),
         ([], {}, "nothing to reproduce"),
-        (["planted"], {"records": {"planted": []}}, "records and a model are both named 'planted'"),
+        (["planted"], {"records": {"planted": []}}, "records and a model would both be called 'planted'"),
+        (["planted"], {"records": {"planted ": []}}, "records and a model would both be called 'planted'"),
+        (["planted"], {"records": {"a b": [], "a_b": []}}, "records 'a b' and 'a_b' would share a file"),
         (["planted"], {"formats": ("html", "gif")}, "format 'gif' is unknown"),
         (["planted"], {"figures": ("figure 9",)}, "figure 'figure 9' is unknown: use levels, norms_by_layer"),
     ],

@@ -200,6 +200,14 @@ def test_a_failing_writer_leaves_nothing_behind_and_the_old_file_whole(tmp_path)
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_every_name_that_fits_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".csv")  # 255: the most that file systems take
+    write_whole(path, lambda temporary: temporary.write_text("1"))
+    assert path.read_text() == "1"
+    with pytest.raises(InputError, match="cannot be reached .File name too long.: check the path"):
+        write_whole(tmp_path / ("x" * 256), lambda temporary: temporary.write_text("1"))
+
+
 def test_folders_are_made_and_existing_files_kept(tmp_path):
     path = tmp_path / "x" / "y" / "a"
     write_whole(path, lambda temporary: temporary.write_text("1"))

@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import cli, experiments, measurement, results, scores, sweeps
+from sink_circuits import cli, experiments, measurement, results, scores, sweep_results, sweeps
 from sink_circuits.edits import Edit
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.prompts import Tokens, as_tokens
@@ -212,6 +212,21 @@ def test_prompts_of_a_study():
     assert Texts(tokens=str(place() / "ids.jsonl"), n=1).read() == (("a", tuple(ids_of("a", 30).tolist())),)
     with pytest.raises(InputError, match="ask for no more"):
         Texts("maths", n=10_000).read()
+    with pytest.raises(InputError, match="prompts.n = 50, and .*ids.jsonl' holds"):
+        Texts(tokens=str(place() / "ids.jsonl"), n=50).read()
+
+
+def test_generations_are_swept_with_their_answers(tmp_path):
+    """As every command reads them: what the model wrote is part of the text."""
+    file = tmp_path / "answers.jsonl"
+    lines = [{"id": "a", "prompt": "one two", "output": " three four five"}, {"id": "b", "prompt": "six", "output": ""}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    read = Texts(str(file)).read()
+    assert read == (("a", ("one two", " three four five")), ("b", "six"))
+    assert [(p.id, p.text, p.output) for p in sweeps._texts(read)] == [
+        (p.id, p.text, p.output) for p in sc.load_prompts(str(file))
+    ]
+    assert sweeps._texts(Texts(tokens=str(place() / "ids.jsonl")).read()) == ()
 
 
 @pytest.mark.parametrize(
@@ -671,7 +686,11 @@ def test_what_does_not_fit_a_model_is_known_before_any_cell(tmp_path, monkeypatc
     assert not calls
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', None])
+PLAN = {"cell": "c", "model": "m", "weights": "w", "prompt": "p", "layers": [1]}
+NO_NAMES = json.dumps({"format": sweep_results.FORMAT, "study": {"models": ["m"]}, "cells": [PLAN]})  # layers are texts
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', None, NO_NAMES])
 def test_a_folder_without_a_sweep_is_not_read(tmp_path, text):
     if text is not None:
         (tmp_path / sweeps.STUDY).write_text(text)
@@ -820,6 +839,7 @@ def test_the_command_sweeps_and_says_what_failed(tmp_path, monkeypatch, capsys):
     [
         (["--workers", "-1"], "--workers -1: at least 0"),
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "give one of them"),
+        (["--scheduler", ""], "--scheduler is empty"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(tmp_path, capsys, arguments, message):

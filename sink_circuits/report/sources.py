@@ -50,7 +50,7 @@ def read_results(paths: Iterable[str | Path]) -> list:
 
 def read_result(path: str | Path) -> Any:
     """The result in one file. Raises ResultError for a file that holds none."""
-    path = Path(path)
+    path = arguments.path(path)
     if path.suffix == ".parquet":
         return Sinks.load(path)
     if path.suffix != ".safetensors":
