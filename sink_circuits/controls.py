@@ -1,6 +1,6 @@
 """Controls: the same experiment where it should do nothing, run beside it, with what could not be matched said.
 
-METHOD: an effect counts only against what would have happened anyway. Ordinary tokens score near 0 and cannot fall, so
+An effect counts only against what would have happened anyway. Ordinary tokens score near 0 and cannot fall, so
 differences to controls are taken in log-odds; the unit is the prompt (`statistics.difference_to_controls`).
 """
 
@@ -260,7 +260,7 @@ def with_controls(
     found: Sinks | None = None, controls: Sequence[str] = CONTROLS, n_random: int = N_RANDOM, also_forming: Sequence[int] = (),
     random_model=None, verbose: bool = True, **options,
 ) -> Controlled:  # fmt: skip
-    """An experiment at the sinks and beside it the same one at every control (METHOD, "Controls").
+    """An experiment at the sinks and beside it the same one at every control (docs/glossary.md, "control").
 
     `intervention`: "zero", "mean" or a function of the contribution, as in `ablate`; "rescale", or with `factors` a family of your own, a
     function of (contribution, dose), as in `dose_response`, whose factors are the labels; or several, {label: function of (layer,

@@ -87,9 +87,13 @@ class SweepResult:
         return self.table.copy()
 
     def effect(self, cell: str) -> Effect:
-        """All that was measured in one cell, by layer and head. Raises ResultError where it is not done."""
+        """All that was measured in one cell, by layer and head. Raises ResultError where it is not done, or its prompt has no sinks."""
         if (effect := read_cell(self.folder, cell)) is None:
             raise ResultError(f"cell {cell} is not done in {self.folder}: `cells` lists those that are.")
+        if not len(effect.table):
+            raise ResultError(
+                f"the prompt of cell {cell} has no sinks of these kinds, so that nothing was measured: see `cells`."
+            )
         return effect
 
     def summary(self, outcomes: Sequence[str] | None = None, confidence: float = 0.95) -> pd.DataFrame:

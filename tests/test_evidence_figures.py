@@ -91,11 +91,17 @@ def test_controls_refuse_what_they_do_not_hold(results):
     with pytest.raises(InputError, match="was not measured"):
         figures.controls_figure(results.controls, "loss")
     nothing = results.controls.data.copy(deep=True)
-    for name in nothing.data_vars:
-        nothing[name][...] = np.nan
-    empty = type(results.controls)(nothing, results.controls.table, results.controls.matches, results.controls.manifest)
-    with pytest.raises(InputError, match="no control matched"):
-        figures.controls_figure(empty)
+    kinds = (
+        ("control", "no control matched"),
+        ("effect", "no sink has a defined effect on 'log_odds': too few queries"),
+    )
+    for kind, message in kinds:  # without controls, then without effects too
+        for name in nothing.data_vars:
+            if kind == "effect" or not str(name).startswith("effect"):
+                nothing[name][...] = np.nan
+        empty = dataclasses.replace(results.controls, data=nothing.copy(deep=True))
+        with pytest.raises(InputError, match=message):
+            figures.controls_figure(empty)
 
 
 def test_a_layer_map_shows_the_range_of_its_controls(results):
@@ -107,7 +113,9 @@ def test_a_layer_map_shows_the_range_of_its_controls(results):
     (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect" and shape.fillcolor == "#5a5a5a"]
     # An interval over two prompts cannot reach beyond them.
     assert min(ends) - 1e-6 <= band.y0 <= band.y1 <= max(ends) + 1e-6
-    assert "Grey band" in figure.layout.title.text.replace("<br>", " ")
+    said = figure.layout.title.text.replace("<br>", " ")
+    edit = results.controls.data["edit"].values[0]
+    assert "Grey band" in said and ("of the removal at" if edit == "zero" else f"of the edit “{edit}” at") in said
     without = figures.layer_map_figure(results.layer_map, "log_odds")
     assert "Grey band" not in without.layout.title.text.replace("<br>", " ")
 

@@ -142,14 +142,17 @@ def test_interventions_and_outcomes_of_ones_own_are_drawn(results):
             with pytest.raises(InputError, match="'norm' is a manipulation check"):
                 effect.plot("norm")
         for outcome in ("<i>norms</i>", "heads", "one", "lifetime"):
-            if kind != "dose_response" and outcome in ("one", "lifetime"):
-                with pytest.raises(InputError, match=f"outcome '{outcome}' has no layers to draw: use one of score"):
-                    effect.plot(outcome)
-                continue
             figure = effect.plot(outcome)
             text = json.dumps(figure.to_plotly_json(), default=str)
-            assert "<i>" not in text and "<b>bent" not in text
+            assert "<i>" not in text and "<b>bent" not in text and "&amp;" not in text
             rows = rows_of(effect, outcome)
+            if kind != "dose_response" and outcome in ("one", "lifetime"):  # without layers: edit by edit
+                same(traces(figure, "scatter")[0].x, rows["effect"])
+                with pytest.raises(InputError, match=f"outcome '{outcome}' has no layers to draw: use one of score"):
+                    (figures.layer_map_figure if kind == "layer_map" else figures.ablation_figure)(effect, outcome)
+                continue
+            if "i>" in outcome:  # as it was named, once
+                assert "<i>norms</i>" in " ".join(look.title_of(figure))
             if kind == "layer_map":
                 same(traces(figure, "scatter")[0].y, rows["effect"])
             elif kind == "dose_response":

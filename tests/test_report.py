@@ -49,6 +49,43 @@ def made():
     )
 
 
+def test_what_an_intervention_of_ones_own_did_is_not_called_a_rescaling(made):
+    plant = planted.minimal()
+    model, tokens = plant.bridge(), sc.Tokens((plant.tokens(),), ("a",))
+    sinks = sc.find_sinks(model, tokens, verbose=False).select("secondary")
+
+    def capped(contribution, dose=1.0):
+        return contribution.clamp(-dose, dose)
+
+    own = sc.dose_response(model, tokens, sinks, layers=[6, 7], intervention=capped, factors=[1, 15, 30], verbose=False)
+    effect = own.over_lifetime("log_odds").sel(edit=1).item()
+    assert effect < -1  # the dose 1 is the strongest here, and no clean model
+    (section,) = causal_sections([own])
+    assert section.title == "Dose-response: the contribution edited by “capped”"
+    assert f"at dose 1 their attention log-odds differ by {words.number(effect, signed=True)} nats" in section.answer
+    everything = [*words.question(sinks, [own]), section.answer, section.caption, *words.limits(sinks, [own], {})]
+    for wrong in ("escal", "multiplied", "leaves its direction", "as it is", "factor"):
+        assert not any(wrong in sentence for sentence in everything), wrong
+    rescaled = sc.dose_response(model, tokens, sinks, layers=[6, 7], factors=[1], verbose=False)
+    assert "only the factor 1 was run, which is the clean model" in causal_sections([rescaled])[0].answer
+    taken = sc.ablate(model, tokens, sinks, layers=[6, 7], intervention=capped, verbose=False)
+    assert causal_sections([taken])[0].title == "Experiment: the contribution edited by “capped”"
+    assert "taken away" not in words.question(sinks, [taken])[0]
+
+
+def test_outcomes_of_ones_own_are_drawn_beside_the_others(made):
+    plant = planted.minimal()
+    model, tokens = plant.bridge(), sc.Tokens((plant.tokens(),), ("a",))
+    sinks = sc.find_sinks(model, tokens, verbose=False).select("secondary")
+    own = sc.ablate(model, tokens, sinks, layers=[6], outcomes={"<b>x</b>": lambda c, e, s: 1.0}, verbose=False)
+    (section,) = causal_sections([own])
+    drawn = dict(section.figures[-1])
+    assert (
+        len(section.figures) == 3 and drawn.pop("heading") == "Effect of every edit on the <b>x</b>"
+    )  # the page escapes it
+    assert "<b>x" not in str(drawn)
+
+
 def page_of(made, **changed):
     parts = {
         "sinks": made.sinks,

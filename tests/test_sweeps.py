@@ -35,6 +35,8 @@ from sink_circuits import cli, experiments, measurement, results, scores, sweep_
 from sink_circuits.edits import Edit
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.prompts import Tokens, as_tokens
+from sink_circuits.report.sections import causal_sections
+from sink_circuits.report.text import number
 from sink_circuits.studies import Study, Texts, own_function, read_study, read_token_file
 from sink_circuits.sweeps import Answer, Cell, Facts, Question, SweepResult, WorkerPool, load_sweep, sweep
 
@@ -401,6 +403,28 @@ def test_functions_of_ones_own_rank_with_the_built_in_ones(tmp_path, monkeypatch
     ]  # fmt: skip
     assert (summary["effect"].iloc[:1] < -0.1).all() and summary["effect"].iloc[2] == 0
     assert set(result.summary()["outcome"]) == set(expected.outcomes)
+
+
+def test_the_dose_1_of_ones_own_intervention_is_a_dose_like_any_other(tmp_path, monkeypatch):
+    """Of a rescaling it is the clean model; what else it is only the function knows."""
+    name = module_of_ones_own(tmp_path, monkeypatch)
+    prompts = {"tokens": str(place() / "ids.jsonl"), "n": 1}
+    made = study(layers=[[6, 7]], factors=[1], prompts=prompts, interventions=[f"{name}:bent"])
+    result = sweep(made, tmp_path / "s", verbose=False)
+    (row,) = result.summary(["log_odds"]).to_dict(orient="records")
+    assert row["factor"] == 1 and abs(row["effect"]) > 0.01
+    assert list(result.plot().data[0].y) == [row["effect"]]
+    assert f"factor 1: {number(row['effect'], signed=True)}" in causal_sections([result])[0].answer
+
+
+def test_a_cell_without_sinks_says_so(tmp_path):
+    write_tokens(tmp_path / "ids.jsonl", {"none": None})
+    made = study(layers=[6], factors=[0], prompts={"tokens": str(tmp_path / "ids.jsonl")})
+    result = sweep(made, tmp_path / "s", verbose=False)
+    (cell,) = result.cells.to_dict(orient="records")
+    assert (cell["state"], cell["n_sinks"]) == ("done", 0)
+    with pytest.raises(ResultError, match="has no sinks of these kinds"):
+        result.effect(cell["cell"])
 
 
 def test_another_version_of_ones_own_functions_is_another_sweep(tmp_path, monkeypatch):

@@ -92,6 +92,10 @@ def controls_figure(controlled, outcome: str = "log_odds") -> go.Figure:
     table = controlled.compare(outcome)
     there = table[table["n_sinks"] > 0]
     if not len(there):
+        if controlled.data[f"effect_{outcome}"].isnull().all():
+            raise InputError(
+                f"no sink has a defined effect on {outcome!r}: too few queries come after them; give longer texts."
+            )
         raise InputError("no control matched any of these sinks: there is nothing to draw; `matches` says why.")
     edits = list(dict.fromkeys(there["edit"]))
     of = [f"{safe(str(edit))}: " if len(edits) > 1 else "" for edit in edits]
@@ -458,12 +462,12 @@ def attribution_figure(result) -> go.Figure:
 def sweep_figure(result, outcome: str = "log_odds") -> go.Figure:
     """Effects of a sweep: a panel per model and intervention, layers on the horizontal axis, a line with intervals per factor.
 
-    Means over prompts (`SweepResult.summary`); factor 1 is the clean model and is left out. Raises InputError for an outcome that was
-    not measured, or when nothing is done yet.
+    Means over prompts (`SweepResult.summary`); the factor 1 of "rescale" is the clean model and is left out. Raises InputError
+    for an outcome that was not measured, or when nothing is done yet.
     """
     arguments.instance(result, "result", SweepResult, "pass what sweep returns")
     table = result.summary([outcome])
-    table = table[(table["factor"] != 1) & table["effect"].notna()]
+    table = table[((table["factor"] != 1) | (table["intervention"] != "rescale")) & table["effect"].notna()]
     if not len(table):
         raise InputError(f"no cell of this sweep has a defined effect on {outcome!r} yet: run the sweep on.")
     panels = list(dict.fromkeys(zip(table["model"], table["intervention"], strict=True)))

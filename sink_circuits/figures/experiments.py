@@ -45,14 +45,16 @@ MAX_EDITS = 5
 def effect_figure(effect, outcome: str = "score") -> go.Figure:
     """The figure of this kind of experiment: layer map, dose-response, or clean against edited by layer for all others.
 
-    More than `MAX_EDITS` of those stand one below the other instead. Raises InputError for an outcome that was not measured.
+    More than `MAX_EDITS` of those, and outcomes without layers, stand one below the other instead. Raises InputError for an
+    outcome that was not measured.
     """
     arguments.instance(effect, "effect", Effect, "pass what an experiment returns")
-    if effect.kind == "layer_map":
+    if effect.kind == "layer_map" and (outcome not in effect.outcomes or "layer" in effect.data[outcome].dims):
         return layer_map_figure(effect, outcome)
     if effect.kind == "dose_response":
         return dose_response_figure(effect, outcome)
-    if effect.data.sizes["edit"] > MAX_EDITS:
+    has_layers = outcome not in effect.outcomes or "layer" in effect.data[outcome].dims
+    if effect.data.sizes["edit"] > MAX_EDITS or not has_layers:
         return edits_figure(effect, outcome)
     return ablation_figure(effect, outcome)
 
@@ -160,9 +162,9 @@ def layer_map_figure(effect, outcome: str = "log_odds", controls=None) -> go.Fig
     )
     life = f"Shaded: median life of the sinks, layers {start:g} to {end:g}; dotted: the layers that read them."
     if band is not None:
-        life += (
-            f" Grey band: the intervals of {len(band[2])} controls of the forming MLP's removal ({', '.join(band[2])})."
-        )
+        edit = controls.data["edit"].values[0]
+        what = "removal" if edit == "zero" else f"edit “{edit}”"
+        life += f" Grey band: the intervals of {len(band[2])} controls of the {what} at {layers_of(controls)} ({', '.join(band[2])})."
     return finish(
         figure,
         f"Effect of editing one MLP on the {named(outcome)}",
@@ -376,4 +378,4 @@ def _doses(effect) -> tuple[str, str, str]:
     name = effect.manifest.settings.get("intervention", "rescale")
     if name == "rescale":
         return "factor on the MLP's contribution", "rescaled", " 1 is the clean model, 0 removes the contribution."
-    return f"dose of {safe(name)}", f"edited by {safe(name)}", ""
+    return f"dose of {safe(name)}", f"edited by {name}", ""  # an axis, and the note, which `title_text` makes safe

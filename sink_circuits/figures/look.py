@@ -207,7 +207,8 @@ def axis(outcome: str) -> str:
 
 
 def named(outcome: str) -> str:
-    return NAMES.get(outcome) or safe(outcome)
+    """For titles and notes, which `title_text` makes safe."""
+    return NAMES.get(outcome) or outcome
 
 
 def panel(outcome: str) -> str:

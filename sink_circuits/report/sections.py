@@ -18,8 +18,9 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.look import title_of
 from sink_circuits.mass import MassAccount
+from sink_circuits.outcomes import BUILT_IN
 from sink_circuits.paths import PathEffect
-from sink_circuits.report.text import count, interval, join, number, number_or_text, sentences
+from sink_circuits.report.text import count, interval, join, number, number_or_text, own_intervention, sentences
 from sink_circuits.sweep_results import SweepResult
 
 CAUSES = {
@@ -27,6 +28,17 @@ CAUSES = {
     "dose_response": "Dose-response: the contribution rescaled",
     "ablate": "Ablation: the contribution taken away",
     "ablate_neurons": "Ablation of neurons: the named ones, and as many others",
+}
+OWN_CAUSES = {
+    "dose_response": "Dose-response: the contribution edited by “{}”",
+    "ablate": "Experiment: the contribution edited by “{}”",
+}
+"""Titles where the intervention is a user's own."""
+OWN_CAPTIONS = {
+    "dose_response": (
+        "Read from left to right: the dose that the intervention was given. Thin lines are single sinks, the thick one is their mean with "
+        "its interval. The dashed line is the clean model. The lower panel shows whether the primary sink gains what the treated one loses."
+    ),
 }
 CAPTIONS = {
     "layer_map": (
@@ -103,6 +115,7 @@ ANATOMY = {
     "attention_patterns": "Attention patterns",
 }
 """Sections of the anatomy in their order."""
+BUILT_IN_NAMES = {one.name for one in BUILT_IN}
 OF_AN_MLP = ("mlp_stages", "neurons")
 """What is seen of one MLP of each sink."""
 MAX_PATTERNS = 3
@@ -211,10 +224,11 @@ def _views(index: int, result: AttentionPatterns) -> tuple[Markup, ...]:
 
 def _effect(index: int, effect: Effect, controls: Controlled | None) -> Section:
     outcomes = ["log_odds"] if effect.kind == "layer_map" else ["score", "log_odds"]
-    there = [name for name in outcomes if name in effect.outcomes]
+    own = [name for name in effect.outcomes if name not in BUILT_IN_NAMES]
+    there = [*(name for name in outcomes if name in effect.outcomes), *own]
 
     def draw(outcome: str):
-        if effect.kind == "layer_map":
+        if effect.kind == "layer_map" and outcome not in own:
             return figures.layer_map_figure(effect, outcome, controls)
         return figures.effect_figure(effect, outcome)
 
@@ -224,13 +238,19 @@ def _effect(index: int, effect: Effect, controls: Controlled | None) -> Section:
         outcome = figures.NAMES.get(row["outcome"], row["outcome"])
         numbers = (number(row["clean"]), number(row["edited"]), number(row["effect"], signed=True), _ends(row))
         rows.append((number_or_text(row["edit"]), outcome, *numbers, _n(row)))
-    head = ((EDITS.get(effect.kind, "edit"), ""), ("outcome", NAME), ("clean", ""), ("edited", ""), ("effect", ""), ("95% interval", ""),
+    edit = "dose" if effect.kind == "dose_response" and own_intervention(effect) else EDITS.get(effect.kind, "edit")
+    head = ((edit, ""), ("outcome", NAME), ("clean", ""), ("edited", ""), ("effect", ""), ("95% interval", ""),
             ("prompts, sinks", ""))  # fmt: skip
     caption = "Mean over prompts of the mean over heads and the layers that read the sink above the edit; 95% bootstrap interval."
-    return Section(
-        f"effect-{index}", CAUSES.get(effect.kind, f"Experiment: {effect.kind}"),
+    title, said = (
+        CAUSES.get(effect.kind, f"Experiment: {effect.kind}"),
         CAPTIONS.get("many" if is_long else effect.kind, CAPTIONS["ablate"]),
-        tuple(_drawn(f"figure-{index}-{name}", draw(name)) for name in there),
+    )
+    if effect.kind in OWN_CAUSES and (intervention := own_intervention(effect)):
+        title, said = OWN_CAUSES[effect.kind].format(intervention), OWN_CAPTIONS.get(effect.kind, said)
+    return Section(
+        f"effect-{index}", title, said,
+        tuple(_drawn(f"figure-{index}-{place if name in own else name}", draw(name)) for place, name in enumerate(there)),
         (Table(caption, head, tuple(rows)),), " ".join(sentences(effect)),
     )  # fmt: skip
 
@@ -256,13 +276,17 @@ def _controls(index: int, controls: Controlled) -> Section:
     caption += f" Without a match, for example: {'; '.join(said)}." if said else ""
     try:
         drawn: tuple = (_drawn(f"figure-{index}-controls", controls.plot()),)
-    except InputError:  # no control matched: the table says why
+    except InputError:  # no control matched, or no effect is defined: the answer says which
         drawn = ()
     there = table[(table["n_sinks"] > 0) & (table["edit"] == table["edit"].iloc[0])].to_dict(orient="records")
     told = [f"{row['control']} {number(row['difference'], signed=True)} {interval(row)}".strip() for row in there]
-    answer = (
-        f"Effect less the control's, in nats: {'; '.join(told)}." if told else "No control matched any of these sinks."
+    undefined = controls.data["effect_log_odds"].isnull().all()
+    none = (
+        "The sinks stand too near the end of their texts for an effect."
+        if undefined
+        else "No control matched any of these sinks."
     )
+    answer = f"Effect less the control's, in nats: {'; '.join(told)}." if told else none
     ranks = [row for row in there if np.isfinite(row["rank"])]
     if ranks:
         answer += f" Among {controls.data.sizes['draw']} random perturbations of the same size the effect has rank {ranks[0]['rank']:.0f}."
@@ -425,7 +449,11 @@ def _sweep(index: int, sweep: SweepResult) -> Section:
             ("95% interval", ""), ("prompts, sinks", ""))  # fmt: skip
     states = ", ".join(f"{n} {state}" for state, n in sweep.cells["state"].value_counts().items())
     answer = f"{count(len(sweep.cells), 'cell')}: {states}."
-    own = table[(table["outcome"] == "log_odds") & (table["factor"] != 1) & table["effect"].notna()]
+    own = table[
+        (table["outcome"] == "log_odds")
+        & ((table["factor"] != 1) | (table["intervention"] != "rescale"))
+        & table["effect"].notna()
+    ]
     if len(own):
         row = own.loc[own["effect"].abs().idxmax()]
         answer += (

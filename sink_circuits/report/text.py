@@ -27,7 +27,12 @@ def question(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str
         "ablate_neurons": f"Do the attention sinks of {model} hang on single neurons of an MLP?",
     }
     own = "What do edits of an MLP's contribution (“{}”) do to the attention sinks of {}?"  # a user's experiment
-    asks = list(dict.fromkeys(asked.get(e.kind) or own.format(e.kind, model) for e in effects))
+
+    def ask(effect) -> str:
+        named = own_intervention(effect) if effect.kind in ("ablate", "dose_response") else ""
+        return own.format(named or effect.kind, model) if named or effect.kind not in asked else asked[effect.kind]
+
+    asks = list(dict.fromkeys(map(ask, effects)))
     more = {
         "claims": f"Do the claims about secondary sinks hold in {model}?",
         "paths": f"By which paths does the removal of an MLP's contribution reach the attention sinks of {model}?",
@@ -104,20 +109,24 @@ def sentences(effect) -> list[str]:
         if odds["effect"].isna().all():
             return [f"The dose-response on {treated} has no defined effect."]
         diffs = np.diff(odds["effect"].to_numpy())
-        ends = odds[odds["edit"] != 1].iloc[[0, -1]].drop_duplicates("edit")
+        named = own_intervention(effect)
+        dose, done = ("dose", f"Editing by “{named}”") if named else ("factor", "Rescaling")
+        ends = odds if named else odds[odds["edit"] != 1]  # a rescaling by 1 is the clean model
+        if not len(ends):
+            return [f"{done} {where}: only the factor 1 was run, which is the clean model."]
         said = [
-            f"at factor {row['edit']:g} their attention log-odds {moved(row, 'nats', plural=True)}"
-            for _, row in ends.iterrows()
+            f"at {dose} {row['edit']:g} their attention log-odds {moved(row, 'nats', plural=True)}"
+            for _, row in ends.iloc[[0, -1]].drop_duplicates("edit").iterrows()
         ]
-        out = [f"Rescaling {where}: {'; '.join(said)}."]
+        out = [f"{done} {where}: {'; '.join(said)}."]
         if len(odds) > 2 and np.isfinite(diffs).all():
             if (diffs > 0).all():
                 out.append(
-                    f"The mean rises with every step of the factor, by {number(diffs[0])} at the first step and "
+                    f"The mean rises with every step of the {dose}, by {number(diffs[0])} at the first step and "
                     f"{number(diffs[-1])} at the last."
                 )
             else:
-                out.append("The mean does not rise with every step of the factor.")
+                out.append(f"The mean does not rise with every step of the {dose}.")
     else:
         out = []
         for edit in rows["log_odds"]["edit"]:
@@ -230,8 +239,8 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             lines.append("One sink was edited per run. What several removals do together may differ from their sum.")
         if "controls" in others:
             lines.append(
-                "Controls stand beside the removal alone, not beside the map and the doses, and are matched one by one: "
-                "a token nearby, another layer. Sinks without a match are left out of that row."
+                "Controls repeat one experiment, the one that stands in their figure, and not every one on this page. They are "
+                "matched one by one: a token nearby, another layer. Sinks without a match are left out of that row."
             )
         elif "claims" not in others and kinds <= {"layer_map", "dose_response", "ablate"}:
             lines.append(
@@ -253,7 +262,7 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             "The anatomy observes. Direct writes, neurons and attention say what stands where, not what the sink hangs on; the experiments "
             "say that. Shares are along one direction, and the circuit is that of one sink."
         )
-    if "dose_response" in kinds:
+    if any(effect.kind == "dose_response" and not own_intervention(effect) for effect in effects):
         lines.append(
             "A factor changes the contribution's norm and leaves its direction; factors above 1 lie outside what the "
             "model does by itself."
@@ -268,6 +277,14 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             "a sink may draw little."
         )
     return lines
+
+
+def own_intervention(effect) -> str:
+    """The name of a user's own intervention; empty for the built-in ones."""
+    labels = effect.data["edit"].values
+    alone = str(labels[0]) if effect.kind == "ablate" and len(labels) == 1 else ""  # the edit has its name there
+    name = str(effect.manifest.settings.get("intervention", alone))
+    return "" if name in ("", "rescale", "zero", "mean") else name
 
 
 def _single_layer(effect) -> bool:
