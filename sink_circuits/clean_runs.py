@@ -18,7 +18,7 @@ from sink_circuits.arguments import is_whole, shown
 from sink_circuits.attention import AttentionSums, streamed_attention
 from sink_circuits.errors import CacheError, InputError
 from sink_circuits.losses import loss_of_logits, next_token_loss
-from sink_circuits.models import TOLERANCES, Adapter, adapt, relative_error
+from sink_circuits.models import TOLERANCES, Adapter, adapt, one_at_a_time, relative_error
 from sink_circuits.prompts import as_tokens
 from sink_circuits.twin import BlockInputs
 
@@ -48,6 +48,7 @@ class CleanRun:
     `diagonal` is A[q, q]; `keys`, `values` (rotated; of the first positions) exist where edited runs can reuse them. `path` is "fast",
     "reference" or "cache". A run that nothing will be resumed from (`resumable=False`) holds resid_post in `base`, no
     contribution, keys or values: a quarter of the memory. `loss` [pos]: next-token loss, NaN at the last position, where it was asked for.
+    `state`: the weights and hooks that it was made with (`Adapter.state`).
     """
 
     tokens: Int[Tensor, " pos"]
@@ -61,6 +62,7 @@ class CleanRun:
     inputs: BlockInputs | None
     path: str
     loss: Float[Tensor, " pos"] | None = None
+    state: str = ""
 
     @property
     def n_positions(self) -> int:
@@ -85,6 +87,7 @@ def names_filter(model) -> Callable[[str], bool]:
     return lambda name: name in wanted
 
 
+@one_at_a_time
 @torch.no_grad()
 def run_clean(
     model, tokens: Int[Tensor, " pos"], *, chosen: Sequence[int] = (), clean_cache=None, row: int = 0,
@@ -115,6 +118,7 @@ def run_clean(
         clean = _clean_fast(adapter, tokens, chosen, resumable, prefix)
     else:
         clean = _clean_reference(adapter, tokens, chosen)
+    clean = replace(clean, state=adapter.state)
     return replace(clean, loss=clean_loss(model, clean)) if loss else clean
 
 

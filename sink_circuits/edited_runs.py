@@ -34,7 +34,7 @@ from sink_circuits.errors import InputError
 from sink_circuits.groups import KeyGroups, Masses
 from sink_circuits.holds import Hold, hold_functions, hook_of, n_held
 from sink_circuits.losses import loss_of_logits, next_token_kl, next_token_loss
-from sink_circuits.models import Adapter, adapt
+from sink_circuits.models import Adapter, adapt, one_at_a_time
 from sink_circuits.twin import Twin, TwinRefused
 
 Resume = tuple[int, int]
@@ -70,6 +70,7 @@ class _Row(NamedTuple):
     groups: tuple[KeyGroups, ...] = ()
 
 
+@one_at_a_time
 @torch.no_grad()
 def run_edited(
     model, clean: CleanRun, rows: Sequence[Sequence[Edit | Hold]], *, loss: bool = False, kl: bool = False,
@@ -93,6 +94,10 @@ def run_edited(
     if clean.columns is None or clean.contribution is None:
         raise InputError(
             "the clean run holds no columns, or cannot be resumed: make it with run_clean(..., chosen=positions)."
+        )
+    if clean.state not in ("", adapter.state):
+        raise InputError(
+            "the weights or hooks of this model are others than when the clean run was made: call run_clean again."
         )
     groups = None if groups is None else [_check_groups(own) for own in arguments.several(groups, "groups", empty=True)]
     if groups is not None and len(groups) != len(parts):

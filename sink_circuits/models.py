@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import os
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,11 @@ class Adapter:
     @property
     def cfg(self):
         return self.model.cfg
+
+    @property
+    def state(self) -> str:
+        """What a run depends on beside its text: the weights, and whether hooks of the user's take part."""
+        return f"{self.weights_hash} {self.twin_refusal}"
 
     @property
     def n_layers(self) -> int:
@@ -113,6 +120,26 @@ class Adapter:
         return f"blocks.{layer}.attn.hook_pattern"
 
 
+ONE_AT_A_TIME = threading.RLock()
+"""Runs and checks put taps and hooks on the model and set torch's number of threads, of which a process has one: threads of the
+user's that call them take turns."""
+
+_Returned = TypeVar("_Returned")
+_Given = ParamSpec("_Given")
+
+
+def one_at_a_time(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
+    """The function, which threads of one process call one after the other."""
+
+    @wraps(function)
+    def alone(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+        with ONE_AT_A_TIME:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@one_at_a_time
 def adapt(model) -> Adapter:
     """The adapter of a HookedTransformer or TransformerBridge; made once, and again when its weights have changed.
 
@@ -171,13 +198,25 @@ def _package_of(function) -> str:
     return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
 
 
+DROPOUTS = (
+    "p",
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_dropout",
+    "residual_dropout",
+    "activation_dropout",
+)
+"""What modules call a rate that they drop out at."""
+
+
 def _drops_out(modules: Iterable[nn.Module]) -> bool:
     """Whether anything drops out: in training mode, at a rate above 0, in modules of their own or by a number that attention holds."""
     for part in modules:
         state = vars(part)
         if state["training"] and any(
             isinstance(rate := state.get(name), float) and rate > 0 and (name != "p" or isinstance(part, nn.Dropout))
-            for name in ("p", "attention_dropout", "dropout")
+            for name in DROPOUTS
         ):
             return True
     return False
@@ -199,6 +238,7 @@ def _make_adapter(model, modules: Sequence[nn.Module]) -> Adapter:
                     f"blocks.{layer}.{name} is not a hook of this model: sink_circuits needs decoder blocks with "
                     f"attention patterns and MLP outputs; see the table of supported architectures."
                 )
+    _check_attention(model)
     processed = find_processing(model, backend)
     parallel = "blocks.0.hook_resid_mid" not in model.hook_dict
     twin, refusal = None, ""
@@ -244,12 +284,17 @@ def _make_adapter(model, modules: Sequence[nn.Module]) -> Adapter:
     if twin is not None:
         try:
             forms, twin_checks = check_twin(draft, reference)
+            _check_windows(model, forms)
             checks = (*checks, *twin_checks)
             failed = [c for c in twin_checks if not c.passed]
             if failed:
                 twin, refusal = None, f"{failed[0].name}: error {failed[0].error:.2g} above {failed[0].limit:.2g}"
         except Exception as error:  # whatever an unforeseen architecture does, the reference path serves, and says why
-            twin, refusal = None, f"{type(error).__name__}: {error}"
+            twin, forms, refusal = (
+                None,
+                (),
+                str(error) if isinstance(error, TwinRefused) else f"{type(error).__name__}: {error}",
+            )
     if not forms:
         forms = _with_measured_windows(
             model, tuple(_configured_form(model, layer) for layer in range(model.cfg.n_layers)), backend
@@ -288,6 +333,38 @@ def find_processing(model, backend: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _check_windows(model, forms: Sequence[AttentionForm]) -> None:
+    """Raises TwinRefused where a layer's window stands in the model's attention mask alone (Qwen2-MoE), which the fast path does not
+    build: on a short text the two agree."""
+    for layer, kind in enumerate(layer_types_of(model)):
+        if (
+            kind == "sliding_attention"
+            and forms[layer].window is None
+            and _configured_form(model, layer).window is not None
+        ):
+            raise TwinRefused(f"the window of layer {layer} is in the model's attention mask alone")
+
+
+def layer_types_of(model) -> Sequence[str]:
+    """What the configuration calls each layer's attention ("full_attention", "sliding_attention", ...); none where it does not say."""
+    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None) or ()
+    return kinds if len(kinds) == model.cfg.n_layers else ()
+
+
+def _check_attention(model) -> None:
+    """Raises ModelError for attention whose keys come and go by other rules than a window."""
+    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in layer_types_of(model) and isinstance(chunk, int) and chunk < model.cfg.n_ctx:
+        raise ModelError(
+            f"layers of this model attend within chunks of {chunk} tokens, so that which queries see a key changes along the text: sink "
+            "scores of such layers are not defined here; use a model of full or sliding attention."
+        )
+
+
 @torch.no_grad()
 def _with_measured_windows(model, forms: tuple[AttentionForm, ...], backend: str) -> tuple[AttentionForm, ...]:
     """The forms with the windows that the patterns themselves show, on a text longer than the configured window.
@@ -301,7 +378,7 @@ def _with_measured_windows(model, forms: tuple[AttentionForm, ...], backend: str
         return forms
     if window > 2048:
         raise ModelError(f"the window of {window} tokens cannot be checked without the fast path: at most 2048 can.")
-    tokens = torch.arange(window + 8, device=next(model.parameters()).device) % model.cfg.d_vocab
+    tokens = torch.arange(min(window + 8, model.cfg.n_ctx), device=next(model.parameters()).device) % model.cfg.d_vocab
     first_seen: dict[int, int] = {}
 
     def hook(layer: int):
@@ -323,14 +400,23 @@ def _configured_form(model, layer: int) -> AttentionForm:
     window = None
     if getattr(cfg, "use_local_attn", False) and cfg.attn_types and cfg.attn_types[layer] == "local":
         window = cfg.window_size
-    layer_types = getattr(cfg, "layer_types", None)
-    if layer_types is not None and layer_types[layer] == "sliding_attention":
+    kinds = layer_types_of(model)
+    if kinds and kinds[layer] == "sliding_attention":
         hf_config = getattr(getattr(model, "original_model", None), "config", cfg)
         window = getattr(hf_config, "sliding_window", None)
     cap = getattr(cfg, "attn_scores_soft_cap", -1.0)
     scale = getattr(cfg, "attn_scale", -1.0)
-    scaling = 1.0 / scale if scale and scale > 0 else cfg.d_head**-0.5
-    return AttentionForm(scaling, window, cap if cap and cap > 0 else None)
+    own = getattr(_attention_of(model, layer), "scaling", None)  # a bridge's `attn_scale` may be the default one
+    scaling = own if isinstance(own, float) else 1.0 / scale if scale and scale > 0 else cfg.d_head**-0.5
+    sinks = getattr(_attention_of(model, layer), "sinks", None)
+    learned = sinks.detach() if isinstance(sinks, torch.Tensor) and sinks.shape == (cfg.n_heads,) else None
+    return AttentionForm(scaling, window, cap if cap and cap > 0 else None, learned)
+
+
+def _attention_of(model, layer: int):
+    """The Hugging Face module that a bridge's attention stands for; None for a HookedTransformer."""
+    blocks = getattr(model, "blocks", None)
+    return getattr(getattr(blocks[layer], "attn", None), "original_component", None) if blocks is not None else None
 
 
 def load_model(
