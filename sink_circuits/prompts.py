@@ -126,8 +126,13 @@ class PromptSet(Sequence):
             ids = _encode(tokenizer, prompt, chat=True)
             header, text, footer = _framed(tokenizer, prompt.text)
             parts = (header, header + text, header + text + footer)
-            ends = [_n_shared(_plain_ids(tokenizer, part), ids) for part in parts]
-            found[prompt.id] = (*range(ends[0]), *range(ends[1], ends[2]))
+            known = [_plain_ids(tokenizer, part) for part in parts]
+            ends = [_n_shared(part, ids) for part in known]
+            begin = ends[1]
+            if begin < len(known[1]):  # the text's end and the template's next token became one: it counts as text
+                behind = _n_shared(_plain_ids(tokenizer, footer)[::-1], ids[: ends[2]][::-1])
+                begin = max(begin, ends[2] - behind)
+            found[prompt.id] = (*range(ends[0]), *range(begin, ends[2]))
         return found
 
     def prompt_lengths(self, model) -> tuple[int, ...]:

@@ -229,7 +229,8 @@ def _check_folder(folder: Path, plan: Plan | None, overwrite: bool) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     before = read_plan(folder)
-    if before is None and not (folder / "records").is_dir():
+    begun = {LIBRARY, "index.html"}  # all that a run leaves whose models could not be loaded
+    if before is None and not (folder / "records").is_dir() and {path.name for path in folder.iterdir()} - begun:
         raise ResultError(f"folder {folder} holds something else: choose another one.")
     settings = None if plan is None else plan.settings()
     if before is None or settings is None or overwrite:
@@ -245,15 +246,21 @@ def _claim(folder: Path, plan: Plan) -> None:
     """Notes the plan before the first result; figures of another plan, which only `overwrite` lets in, are removed."""
     settings = plan.settings()
     if read_plan(folder) not in (None, settings):
+        _forget(folder, [LEVELS])
         for name in models_in(folder):
-            for figure in FIGURES:
-                note = read_note(folder / name, figure.name)
-                for file in (*(note["files"] if note else ()), f"{figure.name}.json"):
-                    (folder / name / Path(file).name).unlink(missing_ok=True)
+            _forget(folder / name, FIGURES)
             for file in (*FILES, "records.jsonl", "generations.jsonl", "generations.jsonl.manifest.json"):
                 (folder / name / file).unlink(missing_ok=True)
     text = json.dumps(settings, indent=1)
     write_whole(folder / "plan.json", lambda temporary: temporary.write_text(text, "utf-8"), overwrite=True)
+
+
+def _forget(folder: Path, figures: Sequence[StudyFigure]) -> None:
+    """Takes figures away that are of other sinks than the folder is about to hold; their note goes first."""
+    for figure in figures:
+        note = read_note(folder, figure.name)
+        for file in (f"{figure.name}.json", *(note["files"] if note else ())):
+            (folder / Path(file).name).unlink(missing_ok=True)
 
 
 def _one_model(
@@ -261,9 +268,9 @@ def _one_model(
 ) -> list[Made]:  # fmt: skip
     """Makes what is missing of one model's figures; returns those that failed."""
     folder = top / name
-    wanted = [figure for figure in figures if overwrite or not is_complete(folder, figure.name, formats)]
     files = (*FILES, *(("records.jsonl",) if plan.method == "official" else ()))
     found_before = not overwrite and all((folder / file).is_file() for file in files)
+    wanted = [figure for figure in figures if not found_before or not is_complete(folder, figure.name, formats)]
     if found_before and not wanted:
         return []
     model = load_model(source, verbose=verbose)
@@ -284,6 +291,8 @@ def _one_model(
                 "overwrite=True (--overwrite)."
             )
     else:
+        _forget(top, [LEVELS])
+        _forget(folder, FIGURES)
         found = _found(model, prompts, tokens, plan, folder, verbose)
     failed = []
     for figure in wanted:

@@ -13,7 +13,7 @@ import torch
 from common import lens, no_forward_pass, prompt
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -253,6 +253,25 @@ def test_positions_of_the_template_are_those_of_every_other_text():
     given_as = PromptSet((Prompt("x", "text", "a b c", " a"), Prompt("y", "text", "[/user]", "")))
     assert lists(given_as.tokens(model, chat=True)) == [[0, 1, 3, 4, 5, 2, 3], [0, 1, 2, 2]]
     assert given_as.template_positions(model) == {"x": (0, 1, 5), "y": (0, 1, 3)}
+
+
+def test_a_token_of_text_and_template_is_text():
+    """Where the template goes on with a line break, tokenizers merge it with the text's last punctuation."""
+    pieces = ["<s>", "<|user|>", "<|assistant|>", "\n", "?", "?\n", "Why", "so", " ", "<unk>"]
+    merging = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    pattern = Regex(r"<\|user\|>|<\|assistant\|>|\?\n|\n|\?| |[^\s?<]+")
+    merging.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    made = PreTrainedTokenizerFast(tokenizer_object=merging, unk_token="<unk>")
+    made.chat_template = "<|user|>\n{{ messages[0]['content'] }}\n<|assistant|>"
+    model = Model(made)
+    model.cfg.d_vocab = len(pieces)
+    for text, template in (("Why so?", (0, 1, 6)), ("Why so", (0, 1, 5, 6))):
+        prompts = PromptSet((Prompt("x", "text", text),))
+        ids = prompts.tokens(model, chat=True)[0].tolist()
+        assert [pieces[i] for i in ids[2:5]] == ["Why", " ", "so"] and pieces[ids[5]] == (
+            "?\n" if "?" in text else "\n"
+        )
+        assert prompts.template_positions(model)["x"] == template
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "[user]", "[/user]"]), min_size=1, max_size=6), st.booleans())

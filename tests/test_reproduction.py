@@ -415,6 +415,34 @@ def test_names_of_record_files(tmp_path):
 # The published procedure, answers, chat.
 
 
+def test_figures_of_other_sinks_are_not_kept(tmp_path):
+    """New weights, and one figure made anew: the others are of sinks that the folder no longer holds."""
+    out = tmp_path / "out"
+    study([model()], out)
+    before = stamps(out)
+    changed = model()
+    with torch.no_grad():
+        changed.original_model.lm_head.weight.mul_(1.5)
+    made = study([changed], out, figures=("norms_by_layer",), overwrite=True)
+    assert set(state_of(made)) == {"norms_by_layer"}
+    made = study([changed], out)
+    assert set(state_of(made)) == {"norms_by_layer", "mlp_stages"}
+    after = stamps(out)
+    assert after["planted/mlp_stages.safetensors"] != before["planted/mlp_stages.safetensors"]
+    assert after["levels.safetensors"] != before["levels.safetensors"]
+    fewer = Plan(PROMPTS[:1])
+    made = study([changed], out, fewer, figures=("norms_by_layer",), overwrite=True)
+    assert not list(out.glob("levels.*"))  # another plan's
+
+
+def test_a_run_without_a_model_leaves_a_folder_that_can_be_used(tmp_path):
+    with pytest.raises(ModelError):
+        study([str(tmp_path / "nosuchmodel")], tmp_path / "out", formats=("html",))
+    assert (tmp_path / "out" / "index.html").is_file()
+    made = study([model()], tmp_path / "out")
+    assert state_of(made)["mlp_stages"] == "made"
+
+
 def test_official_records_are_written_and_drawn(tmp_path):
     made = study([model()], tmp_path / "out", Plan(PROMPTS, method="official"))
     records = read_records(made.folder / "planted" / "records.jsonl")

@@ -56,8 +56,8 @@ class Calibration:
         return pd.DataFrame(lines)
 
     def misses(self) -> pd.DataFrame:
-        """One row per plant and instrument that should always be right and was not: plant (its name makes it again), variant,
-        instrument, right, of, detail."""
+        """One row per plant and instrument that should always be right and was not: plant, variant, instrument, right,
+        of, detail. `random_plant(plant, variant=variant)` makes it again; of "0/1/null", `null_plant("0/1", variant=variant)`."""
         always = {row.instrument for row in self.rows if row.rule == "all"}
         frame = self._answers()
         return frame[frame["instrument"].isin(always) & (frame["right"] < frame["of"])].reset_index(drop=True)
