@@ -217,5 +217,5 @@ def test_the_claims_hold_where_they_were_planted(kind):
     texts = [text(100 + seed) for seed in range(16)]
     claims = sc.test_claims(model, texts, n_random=2, verbose=False)
     verdicts = claims.verdicts.set_index("claim")["verdict"]
-    assert verdicts[1] == "supported" and verdicts[2] == "supported", claims
+    assert verdicts["1"] == "supported" and verdicts["2"] == "supported", claims
     assert int((other.tokens == BOS).sum()) == 1
