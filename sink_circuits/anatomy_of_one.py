@@ -18,6 +18,7 @@ from sink_circuits.prompts import Tokens, as_tokens
 PARTS = ("mlp_stages", "writers", "neurons", "key_query_geometry", "attention_patterns")
 """Functions of `anatomy`, and the kinds of what they return."""
 OF_AN_MLP = ("mlp_stages", "neurons")
+"""Those that are of one MLP of each sink."""
 
 
 def strongest_sink(sinks: Sinks, forming: pd.Series | None = None) -> tuple[Sinks, pd.Series | None]:

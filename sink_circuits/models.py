@@ -345,19 +345,21 @@ def _check_windows(model, forms: Sequence[AttentionForm]) -> None:
             raise TwinRefused(f"the window of layer {layer} is in the model's attention mask alone")
 
 
+def _text_config(model):
+    """The configuration of the text model; TransformerLens' own where there is no Hugging Face model behind it."""
+    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def layer_types_of(model) -> Sequence[str]:
     """What the configuration calls each layer's attention ("full_attention", "sliding_attention", ...); none where it does not say."""
-    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = getattr(config, "layer_types", None) or ()
+    kinds = getattr(_text_config(model), "layer_types", None) or ()
     return kinds if len(kinds) == model.cfg.n_layers else ()
 
 
 def _check_attention(model) -> None:
     """Raises ModelError for attention whose keys come and go by other rules than a window."""
-    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    chunk = getattr(config, "attention_chunk_size", None)
+    chunk = getattr(_text_config(model), "attention_chunk_size", None)
     if "chunked_attention" in layer_types_of(model) and isinstance(chunk, int) and chunk < model.cfg.n_ctx:
         raise ModelError(
             f"layers of this model attend within chunks of {chunk} tokens, so that which queries see a key changes along the text: sink "

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from sink_circuits import figures
 from sink_circuits.anatomy.patterns import AttentionPatterns
 from sink_circuits.anatomy.result import Anatomy
+from sink_circuits.anatomy_of_one import OF_AN_MLP
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
 from sink_circuits.controls import Controlled
@@ -116,8 +117,6 @@ ANATOMY = {
 }
 """Sections of the anatomy in their order."""
 BUILT_IN_NAMES = {one.name for one in BUILT_IN}
-OF_AN_MLP = ("mlp_stages", "neurons")
-"""What is seen of one MLP of each sink."""
 MAX_PATTERNS = 3
 """Texts whose attention patterns a page shows."""
 TEXT, NAME, WIDE = "text", "text name", "text name wide"
