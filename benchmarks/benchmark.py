@@ -92,7 +92,7 @@ def threads_of(threads: int):
 
 @torch.no_grad()
 def attention_rows(lengths: Sequence[int], repeats: int) -> list[Row]:
-    """One layer: all keys' scores, and chosen keys with exact log-odds, against SDPA's forward alone."""
+    """One layer: all keys' scores, and chosen keys without and with exact log-odds, against SDPA's forward alone."""
     from sink_circuits.attention import AttentionForm, streamed_attention
 
     rows: list[Row] = []
@@ -105,13 +105,14 @@ def attention_rows(lengths: Sequence[int], repeats: int) -> list[Row]:
             def sdpa(q=query, k=key, v=value):
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-            def chosen(count: int, q=query, k=key, v=value, f=form, n=n):
+            def chosen(count: int, odds: bool, q=query, k=key, v=value, f=form, n=n):
                 keys = torch.arange(count) * (n // count)
-                return lambda: streamed_attention(q, k, v, f, chosen=keys, sums=False)
+                return lambda: streamed_attention(q, k, v, f, chosen=keys, sums=False, odds=odds)
 
             works = {
                 "SDPA forward": sdpa, "all keys": lambda q=query, k=key, v=value, f=form: streamed_attention(q, k, v, f),
-                "2 keys, log-odds": chosen(2), "64 keys, log-odds": chosen(64),
+                "2 keys": chosen(2, False), "2 keys, log-odds": chosen(2, True),
+                "64 keys": chosen(64, False), "64 keys, log-odds": chosen(64, True),
             }  # fmt: skip
             for threads in sorted({1, torch.get_num_threads()}):
                 with threads_of(threads):

@@ -71,7 +71,7 @@ class AttentionSums:
     asked for. `diagonal`: A[q, q], [batch, head, query]. `log_attention` and `log_rest`: log A[q, k] and
     log(sum of A[q, j] over all other keys j and the learned sink) for the chosen keys, [batch, head, query, chosen];
     -inf and 0 where the query cannot see the key. `log_rest` is summed directly, not as log(1 - A): a key that takes
-    nearly everything still has exact log-odds.
+    nearly everything still has exact log-odds. It is None when no odds were asked for.
     """
 
     later: Float[Tensor, "batch head key"] | None
@@ -88,12 +88,14 @@ def streamed_attention(
     *,
     chosen: Int[Tensor, " chosen"] | None = None,
     sums: bool = True,
+    odds: bool = True,
 ) -> tuple[Float[Tensor, "batch query head d_value"], AttentionSums]:
     """Causal attention of the last `query` positions of a text over all its `key` positions, never a whole pattern.
 
     Memory is linear in the number of tokens. Scores are computed in float32 whatever the inputs. `query` must be
     already rotated and the last query stands at the last key. `chosen`: distinct positions of keys whose weights are
-    wanted for every query. Raises ValueError when there are more queries than keys.
+    wanted for every query, and with `odds` what all other keys have. Raises ValueError when there are more queries than
+    keys.
     """
     n_heads, n_query, d_head = query.shape[1:]
     n_key_heads, n_key = key.shape[1:3]
@@ -112,9 +114,9 @@ def streamed_attention(
     keys = sorted(asked)
     fits = form.window is None and form.softcap is None and value.shape[-1] == d_head
     if fits and not sums and query.device.type == "cpu" and n_key >= FLASH_KEYS:
-        out, kept = _flash(rows_query, rows_key, rows_value, form, keys)
+        out, kept = _flash(rows_query, rows_key, rows_value, form, keys, odds)
     else:
-        out, kept = _in_blocks(rows_query, rows_key, rows_value, form, keys, sums)
+        out, kept = _in_blocks(rows_query, rows_key, rows_value, form, keys, sums, odds)
 
     def heads(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(len(query), n_heads, *x.shape[2:])
@@ -122,7 +124,7 @@ def streamed_attention(
     logs: list[Tensor | None] = [None, None]
     if chosen is not None:
         order = [keys.index(key) for key in asked]
-        logs = [heads(x if asked == keys else x[..., order]) for x in (kept.log_attention, kept.log_rest)]
+        logs = [heads(x if x is None or asked == keys else x[..., order]) for x in (kept.log_attention, kept.log_rest)]
     return heads(out).transpose(1, 2).to(query.dtype), AttentionSums(heads(kept.later), heads(kept.diagonal), *logs)
 
 
@@ -171,7 +173,7 @@ def threads_for(n_tasks: int, floats: int, device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------------ blocks of queries
 def _in_blocks(
     query: Float[Tensor, "flat group query d_head"], key: Float[Tensor, "flat key d_head"],
-    value: Float[Tensor, "flat key d_value"], form: AttentionForm, keys: Sequence[int], sums: bool,
+    value: Float[Tensor, "flat key d_value"], form: AttentionForm, keys: Sequence[int], sums: bool, odds: bool,
 ) -> tuple[Float[Tensor, "flat group query d_value"], AttentionSums]:  # fmt: skip
     """Each block of queries is scored against the keys it can see, normalised, multiplied with the values, summed into
     its keys and dropped. `form.sinks` is [flat, group, 1]; `keys` are the chosen ones, in rising order."""
@@ -183,7 +185,7 @@ def _in_blocks(
     later = torch.zeros(n_flat, group, n_key, **float32) if sums else None
     diagonal = torch.empty(n_flat, group, n_query, **float32) if sums else None
     log_attention = torch.full((n_flat, group, n_query, len(keys)), -torch.inf, **float32)
-    log_rest = torch.zeros_like(log_attention)
+    log_rest = torch.zeros_like(log_attention) if odds else None
 
     widest = n_key if form.window is None else min(n_key, form.window + BLOCK_ROWS)
     slab = min(n_flat, max(1, SLAB_FLOATS // (group * BLOCK_ROWS * widest)))
@@ -215,8 +217,10 @@ def _in_blocks(
         out[at, :, here] = torch.bmm(weights, value[at, first:last]).view(-1, group, rows, d_value)
         seen = slice(bisect_left(keys, first), bisect_left(keys, last))
         if seen.start < seen.stop:
-            own, rest = chosen_of(by_head, columns[seen] - first, sink_share)
-            log_attention[at, :, here, seen], log_rest[at, :, here, seen] = own.log_(), rest.log_()
+            own = by_head.index_select(-1, columns[seen] - first)
+            if log_rest is not None:
+                log_rest[at, :, here, seen] = rest_of(own, by_head, columns[seen] - first, sink_share).log_()
+            log_attention[at, :, here, seen] = own.log_()
         if diagonal is None:
             return None
         own = by_head.diagonal(offset=width - rows, dim1=-2, dim2=-1)
@@ -292,24 +296,19 @@ def softmax_(scores: Tensor, sink_logits: Tensor | None) -> Tensor | None:
     return (sink_logits - log_total).exp_().squeeze(-1)
 
 
-def chosen_of(weights: Tensor, columns: Tensor, sink_share: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights of the chosen columns, and all other keys' summed weights beside each; [batch, group, query, chosen]."""
-    own = weights.index_select(-1, columns)
+def rest_of(
+    own: Float[Tensor, "batch group query chosen"], weights: Float[Tensor, "batch group query key"], columns: Tensor,
+    sink_share: Tensor | None,
+) -> Float[Tensor, "batch group query chosen"]:  # fmt: skip
+    """What the other keys have beside the weight A of each chosen column: 1 - A, or their sum where A is 0.6 or more.
+
+    So it is exact also where A is nearly 1; only one key of a row can have so much.
+    """
     top, which = own.max(dim=-1, keepdim=True)
     largest = columns[which]
     beside = weights.scatter_(-1, largest, 0).sum(dim=-1, keepdim=True)
     weights.scatter_(-1, largest, top)
-    return own, rest_of(own, beside if sink_share is None else beside + sink_share[..., None])
-
-
-def rest_of(
-    weights: Float[Tensor, "*row chosen"], beside_most: Float[Tensor, "*row 1"]
-) -> Float[Tensor, "*row chosen"]:
-    """What the other keys have beside each weight A: 1 - A, or `beside_most`, summed, where A is 0.6 or more.
-
-    So it is exact also where A is nearly 1; only one key of a row can have so much.
-    """
-    return torch.lerp(1 - weights, beside_most, most_of(weights))
+    return torch.lerp(1 - own, beside if sink_share is None else beside + sink_share[..., None], most_of(own))
 
 
 def most_of(weights: Tensor) -> Tensor:
@@ -320,18 +319,19 @@ def most_of(weights: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- chosen keys alone
 def _flash(
     query: Float[Tensor, "flat group query d_head"], key: Float[Tensor, "flat key d_head"],
-    value: Float[Tensor, "flat key d_head"], form: AttentionForm, keys: Sequence[int],
+    value: Float[Tensor, "flat key d_head"], form: AttentionForm, keys: Sequence[int], odds: bool,
 ) -> tuple[Float[Tensor, "flat group query d_head"], AttentionSums]:  # fmt: skip
-    """A flash kernel over all keys but the chosen ones (`keys`, rising), which then join with their own scores.
+    """A flash kernel, whose log of the summed weights turns the scores of the chosen keys (`keys`, rising) into log A.
 
-    The kernel gives the others' output and the log of their summed weights, so nothing is ever subtracted from nearly
-    the same number: log-odds are exact also where one key takes nearly everything. `form.sinks` is [flat, group, 1].
+    Where odds are wanted it runs over all keys but the chosen ones, which then join: it gives the others' output and
+    summed weights, so nothing is ever subtracted from nearly the same number and log-odds are exact also where one key
+    takes nearly everything. `form.sinks` is [flat, group, 1].
     """
     n_flat, group, n_query, d_head = query.shape
     n_key = key.shape[1]
     offset = n_key - n_query
     columns = torch.tensor(keys, dtype=torch.long)
-    hidden = torch.zeros(n_key, dtype=torch.bool).index_fill_(0, columns, True)
+    hidden = torch.zeros(n_key, dtype=torch.bool).index_fill_(0, columns, odds)
     # The kernel's causal mask puts the first query at the first key: earlier keys, which all can see, come apart.
     parts = [
         flash_of(query, key[:, a:b], value[:, a:b], form.scaling, hidden[a:b], causal)
@@ -340,9 +340,11 @@ def _flash(
     ]
     out = parts[0][0] if parts else torch.zeros_like(query)
     # Queries last: every step below then runs along them, whatever the number of keys that a block can see.
-    log_attention, log_rest = torch.empty(2, n_flat, group, len(keys), n_query)
-    kept = AttentionSums(None, None, log_attention.mT, log_rest.mT)
-    if len(parts) == 1 and form.sinks is None and not keys:
+    log_attention = torch.empty(n_flat, group, len(keys), n_query)
+    log_rest = torch.empty_like(log_attention) if odds else None
+    kept = AttentionSums(None, None, log_attention.mT, None if log_rest is None else log_rest.mT)
+    whole = len(parts) == 1 and form.sinks is None and not (keys and odds)  # nothing has to join the kernel's output
+    if whole and not keys:
         return out, kept
     chosen_key, chosen_value = key[:, None, columns] * form.scaling, value[:, None, columns]
 
@@ -359,11 +361,16 @@ def _flash(
             late = bisect_left(keys, offset + here.start)  # the keys from here on are not seen by every query
             positions = torch.arange(offset + here.start, offset + here.stop)
             scores[:, :, late:].masked_fill_(positions < columns[late:seen, None], -torch.inf)
-            weights, total, peak = join_chosen(scores, log_total, out=log_rest[:, :, :seen, here])
-            log_total = peak + total.log()
+            if log_rest is not None:
+                weights, total, peak = join_chosen(scores, log_total, out=log_rest[:, :, :seen, here])
+                log_total = peak + total.log()
+                joined, share = weights.mT @ chosen_value[:, :, :seen], total.reciprocal_()[..., None]
             torch.sub(scores, log_total[:, :, None], out=log_attention[:, :, :seen, here])
-            joined, share = weights.mT @ chosen_value[:, :, :seen], total.reciprocal_()[..., None]
-        log_attention[:, :, seen:, here], log_rest[:, :, seen:, here] = -torch.inf, 0
+        log_attention[:, :, seen:, here] = -torch.inf
+        if log_rest is not None:
+            log_rest[:, :, seen:, here] = 0
+        if whole:
+            return
         own = out[:, :, here]
         if parts:
             own *= (log_parts[0] - log_total).exp_()[..., None]

@@ -123,7 +123,8 @@ def _chosen_sums(
     """Attention on the chosen keys summed over later queries, NaN elsewhere; one layer's columns are held at a time."""
     inputs = adapter.twin.block_inputs(ids)
     sums = torch.full((adapter.n_layers, adapter.n_heads, len(ids)), torch.nan, device=ids.device)
-    for run in adapter.twin.run(inputs.embed, inputs, range(adapter.n_layers), chosen=torch.tensor(keys)):
+    layers = range(adapter.n_layers)
+    for run in adapter.twin.run(inputs.embed, inputs, layers, chosen=torch.tensor(keys), odds=False):
         weights = run.tap.attention.log_attention[0].exp_()
         for index, key in enumerate(keys):
             sums[run.layer, :, key] = weights[:, key + (not inclusive) :, index].sum(dim=-1)

@@ -36,6 +36,7 @@ class Tap:
 
     chosen: Tensor | None = None
     sums: bool = False
+    odds: bool = True
     prefix: tuple[Tensor, Tensor] | None = None
     edit: Callable[[Tensor], Tensor] | None = None
     holds: Mapping[str, Callable[[Tensor, int], Tensor]] = field(default_factory=dict)
@@ -76,7 +77,9 @@ def attention_forward(
     tap.form = AttentionForm(float(scaling), sliding_window, softcap, s_aux)
     tap.key, tap.value = key, value
     if tap.groups is None:
-        out, tap.attention = streamed_attention(query, key, value, tap.form, chosen=tap.chosen, sums=tap.sums)
+        out, tap.attention = streamed_attention(
+            query, key, value, tap.form, chosen=tap.chosen, sums=tap.sums, odds=tap.odds
+        )
         return out, None
     # A value that is 1 for the keys of a group and 0 for the others comes out as the weight that the group was given.
     indicators = tap.groups[:, None].expand(len(value), value.shape[1], -1, -1).float()
@@ -212,7 +215,7 @@ class Twin:
     def run(
         self, resid: Float[Tensor, "batch pos d_model"], inputs: BlockInputs, layers: range, *, start: int = 0,
         prefix: Callable[[int], tuple[Tensor, Tensor]] | None = None, chosen: Tensor | None = None, sums: bool = False,
-        edits: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        odds: bool = True, edits: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         holds: Mapping[int, Mapping[str, Callable[[Tensor, int], Tensor]]] | None = None, groups: Tensor | None = None,
     ) -> Iterator[BlockRun]:  # fmt: skip
         """Run `layers` one after the other from the residual stream `resid`, whose first position is `start`.
@@ -225,8 +228,8 @@ class Twin:
         edits, holds = edits or {}, holds or {}
         for layer in layers:
             tap = self.taps[layer]
-            tap.chosen, tap.sums, tap.edit = chosen, sums, edits.get(layer)
-            tap.holds, tap.groups = holds.get(layer, {}), groups
+            tap.chosen, tap.sums, tap.odds = chosen, sums, odds
+            tap.edit, tap.holds, tap.groups = edits.get(layer), holds.get(layer, {}), groups
             tap.prefix = prefix(layer) if prefix is not None and start else None
             resid_pre = resid
             out = self.blocks[layer](resid, **inputs.suffix(layer, start))

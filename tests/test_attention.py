@@ -103,7 +103,9 @@ def assert_logs(found: Tensor, expected: Tensor, tolerance: float) -> None:
 def test_equals_the_dense_pattern(layer):
     query, key, value, form, chosen, block = layer
     with blocks_of(block):
-        out, sums = streamed_attention(query, key, value, form, chosen=torch.tensor(chosen) if chosen else None)
+        keys = torch.tensor(chosen) if chosen else None
+        out, sums = streamed_attention(query, key, value, form, chosen=keys)
+        _, without = streamed_attention(query, key, value, form, chosen=keys, odds=False)
     expected = dense(query, key, value, form)
     pattern, n_key, n_query = expected["pattern"], key.shape[2], query.shape[2]
     offset = n_key - n_query
@@ -116,10 +118,12 @@ def test_equals_the_dense_pattern(layer):
     assert (sums.later - later.sum(-2)).abs().max() < tolerance * (1 + n_query)
     for kept in (out, sums.later, sums.diagonal):
         assert kept.isfinite().all()
+    assert without.log_rest is None
     if not chosen:
         assert sums.log_attention is None
         assert sums.log_rest is None
         return
+    assert torch.equal(without.log_attention, sums.log_attention)
     assert_logs(sums.log_attention, expected["log_attention"][..., chosen], 5 * tolerance)
     assert_logs(sums.log_rest, expected["log_rest"][..., chosen], 5 * tolerance)
     unseen = ~visible(n_query, n_key, form.window)[:, chosen]
@@ -134,23 +138,27 @@ def test_chosen_keys_alone_equal_the_dense_pattern(layer, data):
     query, key, _, form, chosen, block = layer
     n_key, n_query = key.shape[2], query.shape[2]
     chosen = data.draw(st.sampled_from([chosen, [0], list(range(n_key))[:5], list(range(n_key))]))
+    odds = data.draw(st.booleans())
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(0))
     with sizes(**FLASH, JOINED_FLOATS=block, BLOCK_ROWS=data.draw(st.sampled_from([1, 7, 64]))):
         out, sums = streamed_attention(
-            query, key, value, form, chosen=torch.tensor(chosen, dtype=torch.long), sums=False
+            query, key, value, form, chosen=torch.tensor(chosen, dtype=torch.long), sums=False, odds=odds
         )
     expected = dense(query, key, value, form)
     tolerance = 2e-6 * (1 + expected["largest"].item())
     assert (out - expected["out"]).abs().max() < tolerance * (1 + value.abs().max())
     assert sums.later is None
     assert sums.diagonal is None
-    assert sums.log_attention.shape == sums.log_rest.shape == (*query.shape[:3], len(chosen))
+    assert sums.log_attention.shape == (*query.shape[:3], len(chosen))
+    assert (sums.log_rest is not None) == odds
     if not chosen:
         return
     assert_logs(sums.log_attention, expected["log_attention"][..., chosen], 5 * tolerance)
-    assert_logs(sums.log_rest, expected["log_rest"][..., chosen], 5 * tolerance)
     unseen = ~visible(n_query, n_key, form.window)[:, chosen]
     assert (sums.log_attention[:, :, unseen] == -math.inf).all()
+    if not odds:
+        return
+    assert_logs(sums.log_rest, expected["log_rest"][..., chosen], 5 * tolerance)
     assert (sums.log_rest[:, :, unseen].abs() < 1e-5).all()
 
 
