@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sink_circuits import calibration, planted
+from sink_circuits import calibration, planted, statistics
 from sink_circuits.calibration import (
     Answer,
     Calibration,
@@ -150,8 +150,29 @@ def test_the_population_is_that_of_the_plain_model():
     """Effects of another circuit are not taken for this one's."""
     other = falsified(forming=(secondary().forming[0] - 1,))
     answers = {a.instrument: a for a in judge_population(other)}
-    assert answers["power"].right == 0
+    assert [answers[f"power: {test}"].right for test in ("sign flips", "max-T")] == [0, 0]
     assert answers["effects"].right == answers["effects"].of  # the instrument says the same of the wrong layer
+
+
+@pytest.mark.slow
+def test_statistics_that_say_nothing_are_not_taken_for_careful_ones(monkeypatch):
+    """Among models without a circuit a test that never rejects and an interval without end are never wrong."""
+    nothing = statistics.TestResult(p=1.0, smallest_p=0.01, statistic=0.0, n=8, alternative="greater")
+    endless = statistics.Estimate(0.0, -1e9, 1e9, 10)
+    monkeypatch.setattr(statistics, "trend_test", lambda *_, **__: nothing)
+    monkeypatch.setattr(statistics, "bootstrap_over_prompts", lambda *_, **__: endless)
+    answers = {a.instrument: a for a in judge_population(subject())}
+    assert answers["power: trend"].right == answers["interval width"].right == 0
+    assert answers["interval, 10 prompts"].right == answers["interval, 10 prompts"].of
+
+
+@pytest.mark.parametrize("test", ["sign_flip_test", "trend_test"])
+def test_no_p_value_counts_as_a_rejection(monkeypatch, test):
+    nan = statistics.TestResult(p=float("nan"), smallest_p=0.01, statistic=0.0, n=10, alternative="two-sided")
+    monkeypatch.setattr(statistics, test, lambda *_, **__: nan)
+    name = {"sign_flip_test": "sign flips", "trend_test": "trend"}[test]
+    judged = judge_null_plant("fast", "llama")
+    assert [a.right for a in judged.answers if a.instrument.startswith(f"null: {name}")] == [1, 1, 1]
 
 
 def test_a_null_plant_is_judged():

@@ -12,20 +12,31 @@ from sink_circuits.calibration.subjects import LEVEL, Answer, Row, Subject, answ
 from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
 from sink_circuits.experiments import dose_response, layer_map
-from sink_circuits.interventions import zero
+from sink_circuits.interventions import rescale
 from sink_circuits.measurement import measure
 
 N_POOL, N_POWER, N_NULL = 16, 8, 10
 """Prompts of the population that intervals are to cover; those with controls; those of a null test."""
 SAMPLES, SAMPLE_SIZES = 8, (10, 20)
 """Samples drawn from one population, of each size."""
+WIDTHS = (0.5, 2.0)
+"""Of an interval, in widths of Student's: one that is far wider covers everything and says nothing."""
+DOSES = (0.0, 0.5, 1.0)
 ALPHAS = (0.01, 0.05, 0.1)
 NULL_FACTORS = (0.0, 1.0, 2.0)
 
 ROWS = (
     Row("effects", "equal to those of a plain Hugging Face forward pass with a hook"),
     *(Row(f"interval, {n} prompts", "covers the population's mean effect", LEVEL, "at least") for n in SAMPLE_SIZES),
-    Row("power", f"sink against control, {N_POWER} prompts: p <= 0.05"),
+    Row("interval width", "between {:g} and {:g} widths of Student's interval".format(*WIDTHS)),
+    *(
+        Row(f"power: {test}", f"{asks}, {N_POWER} prompts: p <= 0.05")
+        for test, asks in (
+            ("sign flips", "sinks against controls"),
+            ("max-T", "sinks, in one family with controls"),
+            ("trend", "more of the contribution is more of a sink"),
+        )
+    ),
     *(
         Row(f"null: {test}, p <= {alpha}", "as often as that, at most", alpha, "at most")
         for test in ("sign flips", "max-T", "trend")
@@ -38,7 +49,8 @@ ROWS = (
 def judge_population(subject: Subject) -> list[Answer]:
     """A population of prompts whose effects a plain Hugging Face forward pass knows: effects, intervals, power.
 
-    Samples are drawn from the population with replacement, so that its mean is what their intervals are to cover.
+    Samples are drawn from the population with replacement, so that its mean is what their intervals are to cover. Tests
+    that never reject, and intervals that cover whatever there is, would pass among models without a circuit: not here.
     """
     pool, rng = subject.prompts("pool", N_POOL), np.random.default_rng(statistics.seed_of("pool", subject.name))
     treated, controls, sinks = [], [], []
@@ -50,31 +62,46 @@ def judge_population(subject: Subject) -> list[Answer]:
         if index < N_POWER:
             controls.append((index, _ordinary(subject, ids, rng, 1)[0], "control", sink.l_start, sink.l_end))
         sinks.append(sink)
-    both = subject.rows(pool, [*treated, *controls])
 
-    def edits(_, row) -> tuple[Edit, ...]:
-        return tuple(zero(layer, int(row["pos"])) for layer in sinks[int(row.name) % N_POOL].forming)
+    def edits(dose: float, row) -> tuple[Edit, ...]:
+        return tuple(rescale(layer, int(row["pos"]), dose) for layer in sinks[int(row.name) % N_POOL].forming)
 
-    effect = measure(subject.model, pool, both, ["joint"], edits, what="joint", verbose=False)
-    effects = effect.over_lifetime("log_odds").to_numpy()[:, 0]
+    def measured(places, doses) -> Float[np.ndarray, "sink dose"]:
+        effect = measure(subject.model, pool, subject.rows(pool, places), doses, edits, what="joint", verbose=False)
+        return effect.over_lifetime("log_odds").to_numpy()
+
+    effects = measured([*treated, *controls], DOSES[:1])[:, 0]
     plain = plain_effects(
         subject.plant, pool.ids, [(place[1], sink) for place, sink in zip(treated, sinks, strict=True)]
     )
     errors = np.abs(effects[:N_POOL] - plain)
     answers = [Answer("effects", int((errors < PLAIN_TOLERANCE).sum()), N_POOL, f"largest error {errors.max():.2g}")]
     for n in SAMPLE_SIZES:
-        covered = 0
+        covered, widths = 0, []
         for sample in range(SAMPLES):
             drawn = effects[:N_POOL][rng.integers(0, N_POOL, n)]
             interval = statistics.bootstrap_over_prompts(
                 drawn, range(n), name=f"{subject.name}/{n}/{sample}", confidence=LEVEL
             )
             covered += interval.low <= plain.mean() <= interval.high
+            widths.append((interval.high - interval.low) / _students_width(drawn))
         answers.append(Answer(f"interval, {n} prompts", covered, SAMPLES))
-    against = statistics.difference_to_controls(
-        effects[:N_POWER], effects[N_POOL:], pool.names[:N_POWER], name=subject.name
-    )
-    return [*answers, answer("power", against.test.p <= 0.05, f"p = {against.test.p:.3g}")]
+        within = sum(WIDTHS[0] <= width <= WIDTHS[1] for width in widths)
+        answers.append(Answer("interval width", within, SAMPLES, f"{min(widths):.2g} to {max(widths):.2g} Student's"))
+    own, control = effects[:N_POWER], effects[N_POOL:]
+    doses = np.column_stack([own, measured(treated[:N_POWER], DOSES[1:])])
+    p = {
+        "sign flips": statistics.difference_to_controls(own, control, pool.names[:N_POWER], name=subject.name).test.p,
+        "max-T": float(statistics.max_t(np.column_stack([own, control]), name=subject.name).p[0]),
+        "trend": statistics.trend_test(DOSES, doses, name=subject.name).p,
+    }
+    return [*answers, *(answer(f"power: {test}", value <= 0.05, f"p = {value:.3g}") for test, value in p.items())]
+
+
+def _students_width(values: Float[np.ndarray, " prompt"]) -> float:
+    from scipy.stats import t
+
+    return 2 * t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
 def _ordinary(subject: Subject, ids: Tensor, rng: np.random.Generator, n: int) -> list[int]:
@@ -102,12 +129,12 @@ def judge_null_tests(subject: Subject) -> list[Answer]:
     by_layer = np.column_stack([doses[:, 0], more])
     p = {
         "sign flips": statistics.sign_flip_test(by_layer[:, 0], range(N_NULL), name=subject.name).p,
-        "max-T": float(np.nanmin(statistics.max_t(by_layer, name=subject.name).p)),
+        "max-T": float(statistics.max_t(by_layer, name=subject.name).p.min()),
         "trend": statistics.trend_test(NULL_FACTORS, doses, alternative="two-sided", name=subject.name).p,
     }
     interval = statistics.bootstrap_over_prompts(by_layer[:, 0], range(N_NULL), name=subject.name, confidence=LEVEL)
     rates = [
-        Answer(f"null: {test}, p <= {alpha}", int(value <= alpha), 1, f"p = {value:.4g}")
+        Answer(f"null: {test}, p <= {alpha}", int(not value > alpha), 1, f"p = {value:.4g}")  # NaN is no answer
         for test, value in p.items()
         for alpha in ALPHAS
     ]
