@@ -33,7 +33,7 @@ ROWS = (
         Row(f"power: {test}", f"{asks}, {N_POWER} prompts: p <= 0.05")
         for test, asks in (
             ("sign flips", "sinks against controls"),
-            ("max-T", "sinks, in one family with controls"),
+            ("max-T", "the same, in one family with controls against each other"),
             ("trend", "more of the contribution is more of a sink"),
         )
     ),
@@ -90,9 +90,10 @@ def judge_population(subject: Subject) -> list[Answer]:
         answers.append(Answer("interval width", within, SAMPLES, f"{min(widths):.2g} to {max(widths):.2g} Student's"))
     own, control = effects[:N_POWER], effects[N_POOL:]
     doses = np.column_stack([own, measured(treated[:N_POWER], DOSES[1:])])
+    family = np.column_stack([own - control, control - np.roll(control, 1)])
     p = {
         "sign flips": statistics.difference_to_controls(own, control, pool.names[:N_POWER], name=subject.name).test.p,
-        "max-T": float(statistics.max_t(np.column_stack([own, control]), name=subject.name).p[0]),
+        "max-T": float(statistics.max_t(family, name=subject.name).p[0]),
         "trend": statistics.trend_test(DOSES, doses, name=subject.name).p,
     }
     return [*answers, *(answer(f"power: {test}", value <= 0.05, f"p = {value:.3g}") for test, value in p.items())]
