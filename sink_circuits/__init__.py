@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sink_circuits.adapters import adapt
     from sink_circuits.attribution import Agreement, Attribution, attribute
     from sink_circuits.claims import Claims, test_claims
     from sink_circuits.clean_runs import names_filter, run_clean
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from sink_circuits.invariants import check_invariants
     from sink_circuits.mass import MassAccount, mass_account, measure_mass
     from sink_circuits.measurement import measure
-    from sink_circuits.models import adapt, load_model
+    from sink_circuits.models import load_model
     from sink_circuits.outcomes import Outcome, key_column, resid_post_at
     from sink_circuits.paths import PathEffect, measure_paths, path_effects
     from sink_circuits.prompts import Prompt, PromptSet, Tokens, load_prompts

@@ -29,13 +29,13 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.experiments import layer_map
 from sink_circuits.gradients import GRAPH_BYTES, MEANS, Subject, check_memory, neuron_hook
 from sink_circuits.measurement import check_handed_on, check_options
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 

@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter, adapt, one_at_a_time
 from sink_circuits.arguments import is_whole, shown
 from sink_circuits.attention import AttentionSums, streamed_attention
 from sink_circuits.errors import CacheError, InputError
+from sink_circuits.load_checks import TOLERANCES, relative_error
 from sink_circuits.losses import loss_of_logits, next_token_loss
-from sink_circuits.models import TOLERANCES, Adapter, adapt, one_at_a_time, relative_error
 from sink_circuits.prompts import as_tokens
 from sink_circuits.twin import BlockInputs
 

@@ -66,8 +66,9 @@ class Check:
     def run(self) -> int:
         import pandas as pd
 
+        from sink_circuits.adapters import adapt
         from sink_circuits.invariants import check_invariants
-        from sink_circuits.models import adapt, load_model
+        from sink_circuits.models import load_model
 
         model = load_model(self.model, verbose=not self.quiet)
         adapter = adapt(model)

@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 
 from sink_circuits import arguments, statistics
+from sink_circuits.adapters import adapt, backend_of
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.edits import Contribution, Edit
@@ -35,7 +36,7 @@ from sink_circuits.measurement import (
     check_sinks,
     measure,
 )
-from sink_circuits.models import adapt, backend_of, load_model
+from sink_circuits.models import load_model
 from sink_circuits.outcomes import in_order
 from sink_circuits.prompts import Tokens, token_texts
 from sink_circuits.results import Manifest, read_dataset, write_dataset

@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.arguments import MOST, is_number, is_whole, shown
 from sink_circuits.clean_runs import CleanRun, resolve_path, run_clean
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.memory import check_memory, need_of, rows_within
-from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
 from sink_circuits.results import Manifest, frame_digest, write_whole
 from sink_circuits.scores import MIN_QUERIES, scores_of

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter, adapt, one_at_a_time
 from sink_circuits.attention import each, threads_for
 from sink_circuits.clean_runs import (
     LOG_TINY,
@@ -34,7 +35,6 @@ from sink_circuits.errors import InputError
 from sink_circuits.groups import KeyGroups, Masses
 from sink_circuits.holds import Hold, hold_functions, hook_of, n_held
 from sink_circuits.losses import loss_of_logits, next_token_kl, next_token_loss
-from sink_circuits.models import Adapter, adapt, one_at_a_time
 from sink_circuits.twin import Twin, TwinRefused
 
 Resume = tuple[int, int]

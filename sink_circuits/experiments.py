@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.arguments import MOST, is_whole, one_or_several, shown
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks, find_sinks
@@ -24,7 +25,6 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.interventions import check_factor, replace, rescale, zero
 from sink_circuits.measurement import check_handed_on, check_known, check_options, check_sinks, measure
-from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.scores import MIN_QUERIES
 

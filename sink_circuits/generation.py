@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.models import adapt
 from sink_circuits.prompts import Prompt, PromptSet
 from sink_circuits.results import Manifest, check_target, write_whole
 from sink_circuits.statistics import seed_of

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.clean_runs import TINY, Columns, check_chosen
 from sink_circuits.errors import InputError, ModelError
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.scores import MIN_QUERIES, check_min_queries, column_log_odds, column_scores
 
 MEANS = {"score": column_scores, "log_odds": column_log_odds}

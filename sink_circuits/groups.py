@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sink_circuits.models import Adapter
+from sink_circuits.adapters import Adapter
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sink_circuits.adapters import Adapter
 from sink_circuits.arguments import shown
 from sink_circuits.edits import Edit, as_positions
 from sink_circuits.errors import InputError
-from sink_circuits.models import Adapter
 
 NORM_SCALE = "norm_scale"
 HOLDABLE = ("q", "k", "v", "attn_out", "mlp_out", "resid_post", NORM_SCALE)

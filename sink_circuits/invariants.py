@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from sink_circuits.adapters import adapt
 from sink_circuits.clean_runs import Columns, run_clean
 from sink_circuits.edited_runs import EditedRun, run_edited
 from sink_circuits.edits import custom
 from sink_circuits.errors import InputError
 from sink_circuits.interventions import zero
-from sink_circuits.models import TOLERANCES, Check, adapt
+from sink_circuits.load_checks import TOLERANCES, Check
 from sink_circuits.scores import column_log_odds
 from sink_circuits.statistics import seed_of
 

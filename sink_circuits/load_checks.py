@@ -14,7 +14,7 @@ from sink_circuits.errors import ModelError
 from sink_circuits.twin import TwinRefused, plain_module
 
 if TYPE_CHECKING:
-    from sink_circuits.models import Adapter
+    from sink_circuits.adapters import Adapter
 
 CHECK_TOKENS = 24
 """Tokens of the text on which a model is checked: long enough for every block to mix positions, short enough to cost nothing."""

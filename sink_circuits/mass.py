@@ -16,6 +16,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks
 from sink_circuits.edited_runs import first_edit, run_edited
@@ -36,7 +37,6 @@ from sink_circuits.measurement import (
     plan_of,
     rows_per_batch,
 )
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.paths import OPTIONS
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset

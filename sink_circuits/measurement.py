@@ -19,6 +19,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.arguments import MOST, is_whole, shown
 from sink_circuits.clean_runs import CleanRun, resolve_path, run_clean
 from sink_circuits.detection import COLUMNS, Sinks, Thresholds, check_table
@@ -28,7 +29,6 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.holds import Hold
 from sink_circuits.memory import check_memory, need_of, rows_within
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.outcomes import Definitions, Outcome, as_outcomes, built_in, medians_of, unedited, value_of
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest

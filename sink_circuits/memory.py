@@ -13,10 +13,10 @@ import psutil
 import torch
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter
 from sink_circuits.attention import BLOCK_FLOATS
 from sink_circuits.errors import InputError
 from sink_circuits.losses import LOGIT_SLICE_FLOATS
-from sink_circuits.models import Adapter
 
 GIB = 1 << 30
 BATCH_BYTES = 1 << 29

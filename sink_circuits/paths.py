@@ -30,6 +30,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.clean_runs import CleanRun, run_clean
 from sink_circuits.detection import Sinks
 from sink_circuits.edited_runs import EditedRun, run_edited
@@ -38,7 +39,6 @@ from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import at_layers, check_found, prepare_removal
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
 from sink_circuits.measurement import as_parts, check_handed_on, check_options, measure, rows_per_batch
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores

@@ -101,11 +101,12 @@ class Report:
         from sink_circuits.prompts import load_prompts
 
         prompts = load_prompts(self.prompts, self.n_prompts or sinks.manifest.n_prompts)
+        from sink_circuits.adapters import adapt
         from sink_circuits.anatomy.result import Anatomy
         from sink_circuits.anatomy_of_one import anatomy_of_one
         from sink_circuits.detection import Sinks
         from sink_circuits.effects import Effect
-        from sink_circuits.models import adapt, load_model
+        from sink_circuits.models import load_model
         from sink_circuits.report.page import MAX_VIEWS
         from sink_circuits.token_scores import token_scores
 

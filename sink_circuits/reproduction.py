@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from sink_circuits import arguments, study_page
+from sink_circuits.adapters import adapt
 from sink_circuits.arguments import shown
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import (
@@ -33,7 +34,7 @@ from sink_circuits.detection import (
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 from sink_circuits.figures import LIBRARY, save_library
 from sink_circuits.generation import Decoding, generate
-from sink_circuits.models import adapt, load_model
+from sink_circuits.models import load_model
 from sink_circuits.prompts import PromptSet, Tokens, token_texts
 from sink_circuits.records import Record, read_records, record_of, write_records
 from sink_circuits.results import check_target, write_whole

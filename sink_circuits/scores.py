@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.arguments import MOST, is_whole, shown
 from sink_circuits.clean_runs import CleanRun, Columns, check_chosen, resolve_path, run_clean
 from sink_circuits.errors import InputError
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.prompts import Tokens, as_tokens
 
 MIN_QUERIES = 16

@@ -35,6 +35,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, statistics
+from sink_circuits.adapters import adapt
 from sink_circuits.clean_runs import resolve_path
 from sink_circuits.detection import Sinks, find_sinks
 from sink_circuits.edits import Edit
@@ -43,7 +44,7 @@ from sink_circuits.errors import InputError, ModelError, ResultError, SinkCircui
 from sink_circuits.experiments import dosed, layer_map
 from sink_circuits.measurement import measure
 from sink_circuits.memory import need_of, rows_within
-from sink_circuits.models import adapt, load_model
+from sink_circuits.models import load_model
 from sink_circuits.outcomes import Outcome, as_outcomes
 from sink_circuits.prompts import Prompt, PromptSet, Tokens, as_tokens
 from sink_circuits.results import FORMAT, Manifest, check_target, write_whole

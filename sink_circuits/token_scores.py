@@ -11,8 +11,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import InputError, ResultError
-from sink_circuits.models import adapt
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
 from sink_circuits.results import Manifest, read_dataset, write_dataset
 from sink_circuits.scores import MIN_QUERIES, sink_scores

@@ -2,7 +2,7 @@
 
 TransformerLens' own attention builds the whole pattern in every layer of every forward pass; the twin computes it in
 blocks (`sink_circuits.attention`) and can start above any block, in the middle of a text. What it gives is held against
-the bridge when a model is adapted (`sink_circuits.models`); where it cannot serve, the reference path takes over.
+the bridge when a model is adapted (`sink_circuits.adapters`); where it cannot serve, the reference path takes over.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import torch
 from common import in_transformer_lens, lens, prompt
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.attribution import Attribution, attribute
-from sink_circuits.models import adapt
 from sink_circuits.results import Manifest
 
 N, POS = 48, 17  # of the random texts

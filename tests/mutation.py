@@ -429,9 +429,9 @@ def judged(trial: Trial, mutant: Mutant, source: str, base: dict) -> dict:
 def warm(trial: Trial) -> None:
     """What tests share and no mutated module has a part in, made before the first fork: planted models, passes by hand."""
     sys.path[:0] = [str(trial.folder), str(trial.folder / "tests")]
-    common, models = (importlib.import_module(name) for name in ("common", "sink_circuits.models"))
+    common, adapters = (importlib.import_module(name) for name in ("common", "sink_circuits.adapters"))
     for backend in common.BACKENDS:
-        models.adapt(common.lens(backend))
+        adapters.adapt(common.lens(backend))
     for edits in (None, {(6, common.SINK): 0.0, (7, common.SINK): 0.0}):
         common.by_hand(common.prompt(), edits)
     if early := {f"sink_circuits.{module}" for module in TESTS} & set(sys.modules):

@@ -7,9 +7,9 @@ import transformers
 from common import SINK, lens, prompt
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.detection import Thresholds, split_phases
 from sink_circuits.errors import CacheError, InputError, ModelError
-from sink_circuits.models import adapt
 
 SMALL = {"vocab_size": 101, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
 

@@ -11,8 +11,8 @@ import transformers
 from common import HAS_HOOKED, lens, prompt
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import InputError, ModelError
-from sink_circuits.models import adapt
 
 TOKENS = eager.random_tokens(40)
 

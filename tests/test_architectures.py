@@ -10,10 +10,10 @@ import torch
 import transformers
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.edited_runs import run_edited
 from sink_circuits.errors import ModelError
-from sink_circuits.models import adapt
 from sink_circuits.scores import column_log_odds, column_scores, scores_of
 
 N = 60

@@ -18,10 +18,10 @@ from attributions import POS, N, found, planted, random_llama, sinks_at, slope, 
 from common import BACKENDS, REAL, SINK, by_hand, no_forward_pass, prompt, real
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.attribution import Attribution, attribute, exact_effects, reader_weights
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.gradients import check_memory, differentiable_scores, frozen, graph_bytes_of
-from sink_circuits.models import adapt
 
 
 def odds(layers: slice, *edits: tuple[int, int], without: tuple[str, ...] = ()) -> float:

@@ -7,9 +7,9 @@ import torch
 from common import BACKENDS, real
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.edited_runs import run_edited
-from sink_circuits.models import adapt
 from sink_circuits.scores import column_log_odds, column_scores, scores_of
 
 hooked_only = pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import sink_circuits as sc
 from sink_circuits import generation
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.generation import Decoding, generate
-from sink_circuits.models import adapt
 from sink_circuits.prompts import Prompt, PromptSet, load_prompts
 
 torch.set_num_threads(1)

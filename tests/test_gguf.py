@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import ModelError, WeightsError
-from sink_circuits.models import adapt
 
 gguf = pytest.importorskip("gguf")
 

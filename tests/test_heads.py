@@ -12,8 +12,8 @@ from common import BACKENDS, SINK, by_hand, lens, prompt
 
 import sink_circuits as sc
 from sink_circuits import anatomy
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy import attended
-from sink_circuits.models import adapt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.edited_runs import run_edited
 from sink_circuits.errors import InputError, ModelError
-from sink_circuits.models import adapt
 from sink_circuits.scores import column_log_odds, scores_of
 
 TOKENS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(1))

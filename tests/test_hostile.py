@@ -340,7 +340,7 @@ TABLE |= {
         **TEXTS, "layers": optional(several(LAYER)), "seen": optional(several(QUERIES)),
     }),
     "anatomy.ablate_neurons": (lambda: (anatomy.ablate_neurons, at(found=carriers(), n=1, n_random=1)), {
-        **TEXTS, "found": nothing, "n": optional(whole(1, 16)), "n_random": whole(1, 100), "share": up_to_one, "no_such": nothing,
+        **TEXTS, "found": nothing, "n": optional(whole(1, 16)), "n_random": whole(1), "share": up_to_one, "no_such": nothing,
     }),
     "anatomy.against_random": (lambda: (anatomy.against_random, {}), {"effect": nothing}),
     "anatomy.levels": (lambda: (anatomy.levels, {"sources": found()}), {"sources": nothing, "kinds": nothing}),

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sink_circuits as sc
+from sink_circuits.adapters import adapt
 from sink_circuits.errors import InputError
 from sink_circuits.memory import BATCH_BYTES, BATCH_TOKENS, GIB, Need, available, need_of, rows_within
-from sink_circuits.models import adapt
 
 SMALL = 1e-4  # GiB: less than a planted prompt's clean run takes
 

@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import sink_circuits as sc
 from sink_circuits import weights
 from sink_circuits.errors import InputError, ModelError, SinkCircuitsError
-from sink_circuits.models import layers_of_config, relative_error
+from sink_circuits.load_checks import relative_error
+from sink_circuits.models import layers_of_config
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.anatomy.reading import activations, queries_or_keys
-from sink_circuits.models import Adapter, adapt
 from sink_circuits.twin import TwinRefused, plain_module
 
 Pair = tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos key_head d_head"]]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy.reading import (
     SKIP_FIRST,
     activations,
@@ -27,7 +28,6 @@ from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.clean_runs import CleanRun
 from sink_circuits.detection import Sinks, primary_direction
 from sink_circuits.errors import InputError, ModelError
-from sink_circuits.models import adapt
 
 PARTS = ("embed", "head", "attn_bias", "attn", "mlp")
 DIRECTIONS = ("start", "life", "end")

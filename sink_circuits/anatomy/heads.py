@@ -11,11 +11,11 @@ import xarray as xr
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy.attended import attended
 from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks
-from sink_circuits.models import adapt
 from sink_circuits.scores import MIN_QUERIES, scores_of
 
 WHEN = ("before rotary", "after rotary")

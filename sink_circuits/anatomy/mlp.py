@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sink_circuits.adapters import backend_of
 from sink_circuits.anatomy.reading import check_equal, norms_behind
 from sink_circuits.errors import ModelError
-from sink_circuits.models import backend_of
 
 STAGES = ("input", "gate", "up", "activation", "product", "output")
 Rows = Float[Tensor, "pos width"]

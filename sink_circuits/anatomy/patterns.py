@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy.heads import readers
 from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError
-from sink_circuits.models import adapt
 from sink_circuits.prompts import token_texts
 from sink_circuits.scores import MIN_QUERIES, scores_of
 

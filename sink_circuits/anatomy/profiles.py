@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments, statistics
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy.reading import activations, manifest_of, prepare, queries_or_keys, texts
 from sink_circuits.anatomy.result import SINK_COLUMNS, Anatomy
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError
-from sink_circuits.models import adapt
 from sink_circuits.records import Record, read_records, records_table
 from sink_circuits.results import Manifest
 from sink_circuits.scores import MIN_QUERIES, scores_of

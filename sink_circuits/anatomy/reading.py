@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt, backend_of
 from sink_circuits.clean_runs import CleanRun, run_clean
 from sink_circuits.detection import Sinks, Thresholds, find_primary, geometry_of
 from sink_circuits.errors import InputError, ModelError
 from sink_circuits.experiments import layer_map, resolve_layers
+from sink_circuits.load_checks import TOLERANCES, relative_error
 from sink_circuits.measurement import check_sinks
-from sink_circuits.models import TOLERANCES, adapt, backend_of, relative_error
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest
 from sink_circuits.statistics import seed_of

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sink_circuits import arguments
+from sink_circuits.adapters import adapt
 from sink_circuits.anatomy.reading import manifest_of, prepare, texts
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.detection import Sinks
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import resolve_layers
-from sink_circuits.models import adapt
 from sink_circuits.prompts import as_tokens
 
 N_STEPS = 12

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sink_circuits.adapters import adapt
 from sink_circuits.detection import COLUMNS, Sinks, find_sinks
 from sink_circuits.effects import Effect
-from sink_circuits.models import adapt
 from sink_circuits.planted import Plant, Sink
 from sink_circuits.planted.closed_form import drawn_logits
 from sink_circuits.prompts import Tokens
