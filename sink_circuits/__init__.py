@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from sink_circuits.attribution import Agreement, Attribution, attribute
     from sink_circuits.claims import Claims, test_claims
     from sink_circuits.clean_runs import names_filter, run_clean
-    from sink_circuits.controls import Controlled, randomly_initialised, with_controls
+    from sink_circuits.controlled import Controlled
+    from sink_circuits.controls import randomly_initialised, with_controls
     from sink_circuits.detection import Sinks, Thresholds, find_sinks, official, primary_direction
     from sink_circuits.directions import norm_and_direction
     from sink_circuits.edited_runs import run_edited

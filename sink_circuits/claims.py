@@ -30,13 +30,15 @@ from sink_circuits import arguments, statistics
 from sink_circuits.adapters import adapt
 from sink_circuits.arguments import one_or_several
 from sink_circuits.clean_runs import run_clean
-from sink_circuits.controls import Controlled, Intervention, match_positions, with_controls
+from sink_circuits.controlled import Controlled
+from sink_circuits.controls import Intervention, with_controls
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.experiments import FACTORS, check_layers, dose_response, layer_map
 from sink_circuits.interventions import keep_direction, remove_direction, set_norm, swap_direction, zero
+from sink_circuits.matching import match_positions
 from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.results import Manifest, read_dataset, write_dataset

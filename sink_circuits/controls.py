@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,238 +20,35 @@ import xarray as xr
 from sink_circuits import arguments, statistics
 from sink_circuits.adapters import adapt, backend_of
 from sink_circuits.clean_runs import run_clean
-from sink_circuits.detection import Sinks, find_sinks
+from sink_circuits.controlled import Controlled
+from sink_circuits.detection import Sinks
 from sink_circuits.edits import Contribution, Edit
 from sink_circuits.effects import Effect
-from sink_circuits.errors import InputError, ModelError, ResultError
+from sink_circuits.errors import InputError, ModelError
 from sink_circuits.experiments import FACTORS, REMOVALS, check_doses, dosed, name_of, prepare, removal
 from sink_circuits.interventions import random_perturbation, zero
+from sink_circuits.matching import NORM_RATIO, POSITION_CONTROLS, REACH, match_positions, moved
 from sink_circuits.measurement import (
     as_edits,
     check_handed_on,
-    check_known,
     check_labels,
     check_options,
     check_sinks,
     measure,
 )
 from sink_circuits.models import load_model
-from sink_circuits.outcomes import in_order
-from sink_circuits.prompts import Tokens, token_texts
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.prompts import Tokens
+from sink_circuits.results import Manifest
 from sink_circuits.scores import MIN_QUERIES
 
-SKIP_FIRST = 4
-"""Positions at the start of a text that are never controls: the primary and its candidates."""
-REACH = 64
-"""Farthest a control of the same position range may stand from its sink."""
-NORM_RATIO = 1.5
-"""A control matched by norm has at most so many times the sink's norm, and at least its inverse."""
 N_RANDOM = 20
 """Random perturbations of equal norm: with 20, beyond all of them is p = 1/21."""
 
-POSITION_CONTROLS = ("same token", "same range", "norm matched")
 CONTROLS = (*POSITION_CONTROLS, "wrong layer", "attention output", "random model")
 """Controls with one value per sink; random perturbations have one per draw."""
 
 Intervention = Callable[[int, pd.Series], Edit]
 """(layer, row of the sink table) -> an edit: `lambda layer, sink: rescale(layer, sink.pos, 2)`."""
-
-
-def zero_sink(layer: int, sink: pd.Series) -> Edit:
-    """The default intervention: the MLP writes nothing at the sink."""
-    return zero(layer, int(sink["pos"]))
-
-
-@dataclass(frozen=True)
-class Controlled:
-    """Effects of one experiment, and of its controls, each a mean over heads and the layers that read the sink.
-
-    `data`: `effect_<outcome>` [sink, edit], `control_<outcome>` [sink, control, edit] (NaN: not matched),
-    `random_<outcome>` [sink, draw, edit], for every outcome of the experiment, a user's own too. `matches`: one row per sink and
-    control with the position or layers taken, or the `reason` why there is none. `effect`: the treated sinks' full result; None in
-    a loaded one (save it by itself).
-    """
-
-    data: xr.Dataset
-    table: pd.DataFrame
-    matches: pd.DataFrame
-    manifest: Manifest
-    effect: Effect | None = None
-
-    @property
-    def outcomes(self) -> tuple[str, ...]:
-        """What was measured: built-in outcomes as listed, then a user's own by name."""
-        names = [str(name) for name in self.data.data_vars]
-        return tuple(in_order(name.removeprefix("effect_") for name in names if name.startswith("effect_")))
-
-    def compare(self, outcome: str = "log_odds", confidence: float = 0.95) -> pd.DataFrame:
-        """One row per edit and control: effect, control's effect and their difference over prompts.
-
-        Columns: edit, control, effect, control_effect (means over the prompts with both), difference, low, high (bootstrap
-        over prompts), p, smallest_p (sign-flip, two-sided), n_prompts, n_sinks, n_unmatched, and for random perturbations
-        rank: 1 when the mean effect is beyond every draw's, on its own side. Raises InputError for an unknown outcome.
-        """
-        self._check(outcome)
-        prompts, rows = self.table["prompt"], []
-        for edit in self.data["edit"].values:
-            effects = self.data[f"effect_{outcome}"].sel(edit=edit).to_numpy()
-            random = self.data[f"random_{outcome}"].sel(edit=edit).to_numpy()
-            by_name = {
-                str(c): self.data[f"control_{outcome}"].sel(edit=edit, control=c).to_numpy()
-                for c in self.data["control"].values
-            }
-            by_name = {name: values for name, values in by_name.items() if name in self.matches["control"].values}
-            if self.matches.loc[self.matches["control"] == "random model", "reason"].astype(bool).all():
-                by_name.pop("random model")  # none was given
-            for name, controls in {**by_name, "random perturbation": random}.items():
-                found = statistics.difference_to_controls(
-                    effects, controls, prompts, name=f"{name}/{outcome}/{edit}", confidence=confidence
-                )
-                per_sink = controls if controls.ndim == 1 else _row_means(controls)
-                both = np.isfinite(effects) & np.isfinite(per_sink)
-                row = {
-                    "edit": edit, "control": name, "effect": _mean(effects[both], prompts[both]),
-                    "control_effect": _mean(per_sink[both], prompts[both]), "difference": found.estimate.mean,
-                    "low": found.estimate.low, "high": found.estimate.high, "p": found.test.p, "smallest_p": found.test.smallest_p,
-                    "n_prompts": found.estimate.n, "n_sinks": found.n_sinks, "n_unmatched": found.n_unmatched, "rank": np.nan,
-                }  # fmt: skip
-                if controls.ndim == 2 and both.any():
-                    draws = np.array([_mean(draw[both], prompts[both]) for draw in controls.T])
-                    side = "less" if row["effect"] < 0 else "greater"
-                    row["rank"] = statistics.rank_among_controls(row["effect"], draws, alternative=side).statistic
-                rows.append(row)
-        return pd.DataFrame(rows)
-
-    def by_sink(self, outcome: str = "log_odds") -> pd.DataFrame:
-        """One row per sink and edit: its effect, and where that stands among all controls of this sink.
-
-        Columns: prompt, pos, token, kind, edit, effect, `rank` (1: farther than every control, to the effect's own side; ties count
-        against it), `n_controls` (matched ones and random draws) and `unmatched` (the kinds of control that this sink has not).
-        """
-        self._check(outcome)
-        rows = []
-        for sink, row in self.table.iterrows():
-            own = self.matches[self.matches["sink"] == sink]
-            missing = ", ".join(own.loc[own["reason"].astype(bool), "control"])
-            for edit in self.data["edit"].values:
-                effect, single, draws = (
-                    self.data[f"{kind}_{outcome}"].sel(sink=sink, edit=edit).to_numpy()
-                    for kind in ("effect", "control", "random")
-                )
-                side = "less" if effect < 0 else "greater"
-                found = statistics.rank_among_controls(float(effect), [*single, *draws], alternative=side)
-                rows.append(
-                    {
-                        **row[["prompt", "pos", "token", "kind"]], "edit": edit, "effect": float(effect), "rank": found.statistic,
-                        "n_controls": found.n, "unmatched": missing,
-                    }
-                )  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def _check(self, outcome: str) -> None:
-        if not isinstance(outcome, str) or outcome not in self.outcomes:
-            raise InputError(
-                f"outcome {arguments.shown(outcome)} was not measured: there are {', '.join(self.outcomes)}."
-            )
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Long format: one row per sink, edit and control (draws one by one), a column for every outcome."""
-        frames, names = [], list(self.outcomes)
-        for kind, dim in (("effect", None), ("control", "control"), ("random", "draw")):
-            columns = {o: self.data[f"{kind}_{o}"].to_series() for o in names}
-            frame = pd.DataFrame(columns).reset_index()
-            named = "treated" if dim is None else frame[dim].astype(str).radd("" if kind == "control" else "random ")
-            frames.append(frame.assign(control=named)[["sink", "edit", "control", *names]])
-        return pd.concat(frames, ignore_index=True).join(self.table[["prompt", "pos", "token", "kind"]], on="sink")
-
-    def plot(self, outcome: str = "log_odds"):
-        """The effect beside every control's (plotly)."""
-        from sink_circuits import figures
-
-        return figures.controls_figure(self, outcome)
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {
-            "kind": "controls", "table": self.table.to_dict(orient="list"), "matches": self.matches.to_dict(orient="list"),
-            "manifest": self.manifest.to_dict(),
-        }  # fmt: skip
-        write_dataset(path, self.data, meta, overwrite=overwrite)
-
-    @staticmethod
-    def load(path: str | Path) -> Controlled:
-        """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "controls":
-            raise ResultError(f"{path} is not a result with controls: check the path.")
-        table, matches = pd.DataFrame(meta["table"]), pd.DataFrame(meta["matches"])
-        return Controlled(data, table, matches, Manifest.from_dict(meta["manifest"]))
-
-    def __repr__(self) -> str:
-        table = self.compare().to_string(index=False, float_format=lambda x: f"{x:.3g}")
-        return f"Controlled({len(self.table)} sinks in {self.table['prompt'].nunique()} prompts, effects in log-odds)\n{table}"
-
-
-def match_positions(
-    model,
-    tokens: Tokens,
-    sinks: Sinks,
-    found: Sinks | None = None,
-    *,
-    min_queries: int = MIN_QUERIES,
-    path: str = "auto",
-) -> pd.DataFrame:
-    """For every sink and position control the token that stands in for it: columns sink, control, pos, norm_ratio, reason.
-
-    Candidates are tokens of the same text that are never a sink (in `found`, all sinks of these prompts; `sinks` when
-    None), do not stand among the first `SKIP_FIRST`, and have `min_queries` later queries, enough for a score. "same token": the same
-    token id, the nearest; "same range": another token within `REACH` positions, the nearest; "norm matched": the norm
-    of resid_post[l_start] nearest to the sink's, within a factor `NORM_RATIO`. Ties go to the earlier. `pos` is -1 and
-    `reason` says why where there is none; `norm_ratio` is the control's norm over the sink's.
-    """
-    taken = pd.concat([sinks.table, (found or sinks).table])[["prompt", "pos", "primary_pos"]]
-    rows = []
-    for name, ids in zip(tokens.names, tokens.ids, strict=True):
-        own = sinks.table[sinks.table["prompt"] == name]
-        if not len(own):
-            continue
-        clean = run_clean(model, ids, resumable=False, path=path)
-        here = taken[taken["prompt"] == name]
-        free = torch.ones(len(ids), dtype=torch.bool)
-        free[: min(SKIP_FIRST, len(ids))] = False
-        free[max(0, len(ids) - min_queries) :] = False
-        free[sorted({*here["pos"], *here["primary_pos"]})] = False
-        for index, row in own.iterrows():
-            norm = clean.resid_post(int(row["l_start"])).float().norm(dim=-1).cpu()
-            ratio = norm / norm[int(row["pos"])].clamp(min=1e-12)
-            for control, (pos, reason) in _matched(row, ids.cpu(), free, ratio).items():
-                value = float(ratio[pos]) if pos >= 0 else np.nan
-                rows.append({"sink": index, "control": control, "pos": pos, "norm_ratio": value, "reason": reason})
-    return pd.DataFrame(rows, columns=["sink", "control", "pos", "norm_ratio", "reason"])
-
-
-def _matched(row, ids, free, ratio) -> dict[str, tuple[int, str]]:
-    pos = int(row["pos"])
-    distance = (torch.arange(len(ids)) - pos).abs()
-    same = ids == ids[pos]
-    far = (ratio.clamp(min=1e-12).log()).abs()
-
-    def nearest(candidates, measure, reason: str) -> tuple[int, str]:
-        if not candidates.any():
-            return -1, reason
-        return int(torch.where(candidates, measure.double(), torch.inf).argmin()), ""
-
-    closest = float(ratio[free][far[free].argmin()]) if free.any() else np.nan
-    return {
-        "same token": nearest(free & same, distance, "the same token does not occur where it is no sink"),
-        "same range": nearest(
-            free & ~same & (distance <= REACH), distance, f"no other ordinary token within {REACH} positions"
-        ),
-        "norm matched": nearest(
-            free & (far <= np.log(NORM_RATIO)), far, f"the nearest ordinary norm is {closest:.2g} times the sink's"
-        ),
-    }
 
 
 def with_controls(
@@ -286,18 +82,14 @@ def with_controls(
             "controls are run one sink at a time on texts of their own length: leave out together, attention_mask and clean_cache."
         )
     doses = _doses(intervention, factors)
-    if found is not None:
-        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
     if random_model is not None and random_model is not True:
         adapt(random_model)
-    all_treated, shared = sinks is None, {**options, "verbose": verbose}
-    prepared = prepare(model, tokens, sinks, layer, layers, forming, shared)
+    shared = {**options, "verbose": verbose}
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, shared, found)
     tokens, sinks = prepared.tokens, prepared.sinks
-    found = sinks if found is None and all_treated else found
     table = check_sinks(sinks, tokens)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
-    path = options.get("path", "auto")
-    found = find_sinks(model, tokens, path=path, verbose=verbose) if found is None else check_known(found, tokens)
+    path, found = options.get("path", "auto"), prepared.all_sinks(model, shared)
     random_model = randomly_initialised(model) if random_model is True else random_model
     interventions = _by_label(model, tokens, treated, intervention, doses, found, path)
     own_layers = tuple(prepared.layers_of(row) for _, row in table.iterrows())
@@ -520,13 +312,6 @@ def randomly_initialised(model, name: str = "random model"):
     return load_model(random.eval(), tokenizer=adapter.tokenizer, verbose=False)
 
 
-def moved(model, sinks: Sinks, tokens: Tokens, of: Sequence[int], positions: Sequence[int], control: str) -> Sinks:
-    """The sinks' rows at other positions, of another token: their layers and primary stay, so that the same cells are read."""
-    table = sinks.table.iloc[list(of)].reset_index(drop=True).assign(pos=list(positions), kind=control)
-    ids = [int(tokens.ids[tokens.names.index(p)][pos]) for p, pos in zip(table["prompt"], table["pos"], strict=True)]
-    return Sinks(table.assign(token_id=ids, token=token_texts(model, torch.tensor(ids))), sinks.prompts, sinks.manifest)
-
-
 def _instead(edit: Edit, written: torch.Tensor) -> Edit:
     """`edit` made of what attention wrote there, the contribution left as it is; one that changes nothing stays one."""
     if edit.changes_nothing:
@@ -593,13 +378,3 @@ def _attention_writes(
                 before = (clean.resid_post(layer - 1) if layer else first[0])[at]
                 writes[index][layer, edit.positions] = clean.base[layer, at] - before
     return writes
-
-
-def _row_means(values: np.ndarray) -> np.ndarray:
-    counts = np.isfinite(values).sum(axis=1)
-    return np.where(counts > 0, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
-
-
-def _mean(values: np.ndarray, prompts) -> float:
-    means = statistics.prompt_means(values, prompts)
-    return float(means.mean()) if len(means) else np.nan

@@ -14,10 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sink_circuits import arguments
 from sink_circuits.clean_runs import run_clean
-from sink_circuits.controls import match_positions
-from sink_circuits.detection import Sinks, find_sinks, primary_direction
+from sink_circuits.detection import Sinks, primary_direction
 from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
@@ -30,7 +28,8 @@ from sink_circuits.interventions import (
     swap_norm,
     zero,
 )
-from sink_circuits.measurement import check_known, measure
+from sink_circuits.matching import match_positions
+from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens
 from sink_circuits.scores import MIN_QUERIES
 
@@ -57,7 +56,7 @@ def norm_and_direction(
     "zero"; "swap_norm", the norm of an ordinary token's contribution, direction kept; "swap_direction", its direction, norm
     kept; "remove_direction", c without its part along the primary direction u of that layer; "keep_direction", that part
     alone; "random_direction", the same norm in a direction drawn by name. The ordinary token is the nearest within reach
-    that is no sink (`controls.match_positions`, "same range"); u is taken at the sink's own primary.
+    that is no sink (`matching.match_positions`, "same range"); u is taken at the sink's own primary.
     `Effect.by_sink()` is the table of it. `layer`, `layers`, `forming` as in `ablate`; `found`: all sinks of these prompts, none of
     which is an ordinary token (looked for when None); other options as in `measure`. Raises InputError, also for a sink without
     an ordinary token near it.
@@ -66,16 +65,9 @@ def norm_and_direction(
         raise InputError(
             "norm and direction are measured on texts of their own length: leave out attention_mask and clean_cache."
         )
-    if found is not None:
-        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
-    prepared = prepare(model, tokens, sinks, layer, layers, forming, options)
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, options, found)
     tokens, sinks = prepared.tokens, prepared.sinks
-    path = options.get("path", "auto")
-    found = (
-        find_sinks(model, tokens, path=path, verbose=options.get("verbose", True))
-        if found is None
-        else check_known(found, tokens)
-    )
+    path, found = options.get("path", "auto"), prepared.all_sinks(model, options)
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
     own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]

@@ -76,15 +76,24 @@ class Prepared:
     """What an experiment works on, once all its arguments were checked and what was not given was found.
 
     `layers_of`: row of the sink table -> the layers that are edited at it; `layers_said`: what was asked for, for the manifest.
+    `known`: all sinks of the prompts, those that are not treated too; None when they were neither given nor looked for.
     """
 
     tokens: Tokens
     sinks: Sinks
     layers_of: Callable[[pd.Series], tuple[int, ...]]
     layers_said: str
+    known: Sinks | None
+
+    def all_sinks(self, model, options: Mapping) -> Sinks:
+        """`known`, or looked for."""
+        shared = {name: options[name] for name in ("path", "verbose") if name in options}
+        return find_sinks(model, self.tokens, **shared) if self.known is None else self.known
 
 
-def prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping) -> Prepared:
+def prepare(
+    model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Series | None, options: Mapping, found: Sinks | None = None
+) -> Prepared:  # fmt: skip
     """Check all arguments before anything is run, then find what was not given. Raises InputError."""
     check_handed_on(options)
     layers = None if layers is None else one_or_several(layers)
@@ -93,12 +102,16 @@ def prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Serie
     layers_of = None if waits else resolve_layers(model, layer, layers, forming)
     check_options(adapter, **options)
     given, tokens = tokens, as_tokens(model, tokens, options.get("attention_mask"))
+    if found is not None:
+        check_known(found, tokens)
     shared = {
         name: options[name]
         for name in ("clean_cache", "path", "verbose", "attention_mask", "memory")
         if name in options
     }
-    sinks = find_sinks(model, given, **shared) if sinks is None else sinks
+    if sinks is None:
+        sinks = find_sinks(model, given, **shared)
+        found = sinks if found is None else found
     table = check_sinks(sinks, tokens)
     if layer == "forming" and forming is not None and len(forming) != len(sinks):
         raise InputError(f"forming holds {len(forming)} layers for {len(sinks)} sinks: map the sinks that are treated.")
@@ -107,7 +120,7 @@ def prepare(model, tokens, sinks: Sinks | None, layer, layers, forming: pd.Serie
         shared |= {name: options[name] for name in ("batch_size", "min_queries", "outcomes") if name in options}
         forming = layer_map(model, given, sinks, layers=range(int(table["l_end"].max()) + 1), **shared).forming()
         layers_of = resolve_layers(model, layer, layers, forming)
-    return Prepared(tokens, sinks, layers_of, str(layer if layers is None else list(layers)))
+    return Prepared(tokens, sinks, layers_of, str(layer if layers is None else list(layers)), found)
 
 
 def _check_late_sinks(table: pd.DataFrame, tokens: Tokens, min_queries: int) -> None:
@@ -224,11 +237,8 @@ def prepare_removal(
 ) -> tuple[str, Prepared, Removal]:  # fmt: skip
     """What all experiments that take contributions away begin with: the intervention's name, what is treated, and its edit."""
     name = name_of(intervention, REMOVALS)
-    treated = prepare(model, tokens, sinks, layer, layers, forming, options)
-    known = treated.sinks if sinks is None else found
-    if known is not None:
-        check_known(known, treated.tokens)
-    return name, treated, removal(model, tokens, treated.sinks, intervention, known, options)
+    treated = prepare(model, tokens, sinks, layer, layers, forming, options, found)
+    return name, treated, removal(model, tokens, treated.sinks, intervention, treated.known, options)
 
 
 def at_layers(

@@ -17,14 +17,14 @@ import torch
 
 from sink_circuits import arguments
 from sink_circuits.clean_runs import run_clean
-from sink_circuits.controls import match_positions, moved
-from sink_circuits.detection import Sinks, find_sinks, primary_direction
+from sink_circuits.detection import Sinks, primary_direction
 from sink_circuits.edits import Edit, compose
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.experiments import prepare
 from sink_circuits.interventions import random_direction, replace, write_along
-from sink_circuits.measurement import check_known, measure
+from sink_circuits.matching import match_positions, moved
+from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens
 
 EDITS = ("transplant", "transplant_norm")
@@ -51,23 +51,16 @@ def sufficiency(
     are the sink's, so that the layers that read it are read. Outcomes as in `measure`, all of the treated token: `score` and `log_odds`
     say how strong a sink it becomes, `lifetime` for how long (0: it is none; of its run that shares most layers with the sink's).
     `onto`: a position for each sink; None: the nearest token of the same id that is no sink, else the nearest ordinary token
-    (`controls.match_positions`, "same token", "same range"). `layer`, `layers`, `forming` as in `ablate`; `found`: all sinks of these
+    (`matching.match_positions`, "same token", "same range"). `layer`, `layers`, `forming` as in `ablate`; `found`: all sinks of these
     prompts (looked for when None); other options as in `measure`. Raises InputError, also for a position that is a sink, and for a sink
     without such a token.
     """
     if options.get("attention_mask") is not None or options.get("clean_cache") is not None:
         raise InputError("transplants are made in texts of their own length: leave out attention_mask and clean_cache.")
     n_random = arguments.whole(n_random, "n_random")
-    prepared = prepare(model, tokens, sinks, layer, layers, forming, options)
+    prepared = prepare(model, tokens, sinks, layer, layers, forming, options, found)
     tokens, sinks = prepared.tokens, prepared.sinks
-    if found is not None:
-        arguments.instance(found, "found", Sinks, "pass what find_sinks returns")
-    path = options.get("path", "auto")
-    found = (
-        find_sinks(model, tokens, path=path, verbose=options.get("verbose", True))
-        if found is None
-        else check_known(found, tokens)
-    )
+    path, found = options.get("path", "auto"), prepared.all_sinks(model, options)
     table = sinks.table.reset_index(drop=True)
     treated = Sinks(table, sinks.prompts, sinks.manifest)
     own_layers = [prepared.layers_of(row) for _, row in table.iterrows()]

@@ -97,7 +97,7 @@ def test_a_declared_set_names_its_layer():
 
 
 def test_a_sink_without_an_ordinary_token_near_it_is_compared_with_none(monkeypatch, tmp_path):
-    monkeypatch.setattr("sink_circuits.controls.REACH", 0)
+    monkeypatch.setattr("sink_circuits.matching.REACH", 0)
     layer = np.int64(6)
     result = claims.test_claims(
         lens("bridge", "stand_in"), texts()[:2], layer=layer, layers=[layer], n_random=1, verbose=False

@@ -15,7 +15,7 @@ import pytest
 
 from sink_circuits import Effect, Sinks, Thresholds, planted, records
 from sink_circuits.cli import COMMANDS, Criteria, main
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.demo import RESULTS
 
 

@@ -13,9 +13,11 @@ from common import BACKENDS, SINK, by_hand, lens, prompt
 
 import sink_circuits as sc
 from sink_circuits import controls, planted
-from sink_circuits.controls import Controlled, match_positions, randomly_initialised, with_controls
+from sink_circuits.controlled import Controlled
+from sink_circuits.controls import randomly_initialised, with_controls
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.interventions import rescale, zero
+from sink_circuits.matching import match_positions
 
 TEXTS = (prompt(), prompt((30, 55), 96, "b"))
 NAMES = ("0", "1")
@@ -34,7 +36,12 @@ def treated() -> sc.Sinks:
 
 @functools.cache
 def controlled(n_random: int = DRAWS) -> Controlled:
-    options = {"intervention": {"zero": controls.zero_sink, "double": lambda layer, sink: rescale(layer, sink.pos, 2)}}
+    options = {
+        "intervention": {
+            "zero": lambda layer, sink: zero(layer, sink.pos),
+            "double": lambda layer, sink: rescale(layer, sink.pos, 2),
+        }
+    }
     return with_controls(
         lens(), sc.Tokens(TEXTS, NAMES), treated(), layers=[6, 7], found=found(), n_random=n_random, verbose=False, **options
     )  # fmt: skip

@@ -30,7 +30,7 @@ import sink_circuits as sc
 from sink_circuits import studies, weights
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.errors import ModelError, ResultError, SinkCircuitsError, WeightsError
 from sink_circuits.mass import MassAccount
 from sink_circuits.paths import PathEffect

@@ -80,7 +80,7 @@ def test_where_it_is_written_may_be_given(tmp_path):
 
 
 def test_a_token_of_the_same_id_is_taken_before_one_nearby():
-    from sink_circuits.controls import match_positions
+    from sink_circuits.matching import match_positions
     from sink_circuits.transplants import stand_ins
 
     matches = match_positions(lens(), TEXTS, found().select("secondary"), found())

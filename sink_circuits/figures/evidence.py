@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from sink_circuits import arguments
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import HYPOTHESES, Claims
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.look import (

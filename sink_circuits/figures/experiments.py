@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sink_circuits import arguments, statistics
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.evidence import edits_figure

@@ -15,7 +15,7 @@ from sink_circuits import arguments, figures
 from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.detection import Sinks, check_table
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError

@@ -14,7 +14,7 @@ from sink_circuits.anatomy.result import Anatomy
 from sink_circuits.anatomy_of_one import OF_AN_MLP
 from sink_circuits.attribution import Attribution
 from sink_circuits.claims import Claims
-from sink_circuits.controls import Controlled
+from sink_circuits.controlled import Controlled
 from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError
 from sink_circuits.figures.look import title_of
