@@ -93,6 +93,8 @@ def test_the_primary_direction_is_that_of_the_sinks_own_primary():
     assert torch.equal(primary_direction(clean, 8, of_one), primary_direction(clean, 8, 5))
     with pytest.raises(InputError, match="2 primaries, of 2 prompts: pass those of this run's prompt"):
         primary_direction(clean, 8, found())
+    with pytest.raises(InputError, match=f"primary = {clean.n_positions}.*at most {clean.n_positions - 1}"):
+        primary_direction(clean, 8, clean.n_positions)
     no_primary = sc.run_clean(lens(), subject().tokens(40, sinks=[], decoys=[], seed_name="none")[1:])
     if not len(sc.find_sinks(lens(), no_primary.tokens, verbose=False)):
         with pytest.raises(InputError, match="no primary sink was found in this run"):

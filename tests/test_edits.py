@@ -112,6 +112,8 @@ def test_factors_are_finite_and_not_negative(factor):
         (lambda c: c * math.nan, r"NaN or infinite"),
         (lambda c: c.where(c.abs() < c.abs().max(), math.inf), r"NaN or infinite"),
         (lambda c: c * 0 + 1e30, r"'mine' of layer 2 made a contribution too long to square"),
+        # each square is finite, and so is the sum over three positions: a norm is over d_model
+        (lambda c: c * 0 + 9e18, r"'mine' of layer 2 made a contribution too long to square"),
     ],
 )
 def test_broken_functions_of_the_user_are_refused(function, message):

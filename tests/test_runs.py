@@ -678,3 +678,26 @@ def test_names_filter_keeps_what_every_routine_needs_and_no_more():
     expected = eager.forward(eager.tiny("gpt-neox"), eager.random_tokens(20))
     assert (clean.contribution - expected.contributions).abs().max() < 1e-4
     assert (torch.stack([clean.resid_post(i) for i in range(4)]) - expected.residuals).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chosen": 5}, "chosen positions"),
+        ({"row": "x"}, "row"),
+        ({"mask": "x"}, "mask does not leave the text's 96 tokens"),
+    ],
+)
+def test_what_a_clean_run_cannot_use_is_refused_at_once(options, message):
+    with no_forward_pass(), pytest.raises(InputError, match=message):
+        sc.run_clean(lens(), prompt(), **options)
+
+
+@pytest.mark.parametrize(("backend", "path"), PATHS)
+def test_an_edit_of_the_first_layer_is_seen_in_its_own_residual_stream(backend, path):
+    model = lens(backend)
+    clean = sc.run_clean(model, prompt(), chosen=CHOSEN, path=path)
+    (run,) = sc.run_edited(model, clean, [(sc.zero(0, SINK),)], path=path)
+    base = by_hand(prompt()).residuals[0][SINK] - by_hand(prompt()).contributions[0][SINK]
+    assert (run.resid_post_chosen[0, CHOSEN.index(SINK)] - base).abs().max() < 1e-4
+    assert torch.equal(run.resid_post_chosen[0, CHOSEN.index(10)], clean.resid_post(0)[10])

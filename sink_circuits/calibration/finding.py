@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sink_circuits.adapters import adapt
 from sink_circuits.calibration.subjects import Answer, Row, Subject, answer, listed
 from sink_circuits.detection import find_sinks
 from sink_circuits.planted.closed_form import primary_norms
@@ -43,6 +44,10 @@ def judge_official(subject: Subject) -> list[Answer]:
     them only behind the final norm. Asked where it can be told by hand: the primary is one of its two candidates, its
     rise is not block 0's, and no sink is half formed before it starts."""
     plant, truth = subject.plant, subject.plant.truth
+    if adapt(
+        subject.model
+    ).processed:  # centred by its own circuit, which a HookedTransformer cannot tell from processing
+        return []
     first = min(sink.l_start for sink in truth.sinks if sink.kind == "primary")
     if plant.recipe.primary_position > 1 or first == 0 or any(sink.redundancy == "chain" for sink in truth.sinks):
         return []
