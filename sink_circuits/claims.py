@@ -28,7 +28,7 @@ import xarray as xr
 
 from sink_circuits import arguments, statistics
 from sink_circuits.adapters import adapt
-from sink_circuits.arguments import one_or_several
+from sink_circuits.arguments import one_or_several, shown
 from sink_circuits.clean_runs import run_clean
 from sink_circuits.controlled import Controlled
 from sink_circuits.controls import Intervention, with_controls
@@ -266,7 +266,7 @@ def declared_layers(layer: int | None, layers: Sequence[int] | None) -> tuple[in
 
 def check_counts(per_prompt: int, n_random: int) -> None:
     if any(not arguments.is_whole(n) or n < 1 for n in (per_prompt, n_random)):
-        raise InputError(f"per_prompt = {per_prompt}, n_random = {n_random}: each at least 1.")
+        raise InputError(f"per_prompt = {shown(per_prompt)}, n_random = {shown(n_random)}: each at least 1.")
 
 
 def strongest(found: Sinks, kinds: Sequence[str], per_prompt: int) -> Sinks:

@@ -200,7 +200,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
     }),
     "norm_and_direction": (lambda: (sc.norm_and_direction, at(layer=6)), {**EXPERIMENT, **TREATED, "layers": NONE, "found": NONE}),
     "sufficiency": (lambda: (sc.sufficiency, at(layer=6)), {
-        **EXPERIMENT, **TREATED, "layers": NONE, "found": NONE, "onto": NONE, "n_random": whole(),
+        **EXPERIMENT, **TREATED, "layers": NONE, "found": NONE, "onto": optional(several(whole(6, 6))), "n_random": whole(),
     }),
     "mass_account": (lambda: (sc.mass_account, at(layer=6)), {
         **MEASURED, **TREATED, "found": NONE, "intervention": one_by_name("zero", "mean"), "no_such": nothing,
@@ -223,7 +223,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
     "attribute": (lambda: (sc.attribute, at()), {
         **MEASURED, "model": nothing, "tokens": tokens, "sinks": NONE, "outcome": word("score", "log_odds"), "exact": NONE,
         "method": word("gradient", "integrated_gradients"), "readers": NONE, "targets": nothing, "positions": word("treated", "all"),
-        "n_steps": QUERIES, "graph_bytes": nothing, "no_such": nothing,
+        "n_steps": QUERIES, "graph_bytes": number(10**9), "no_such": nothing,
     }),
     "test_claims": (lambda: (sc.test_claims, on(verbose=False)), {
         "model": nothing, "tokens": tokens, "sinks": NONE, "kinds": nothing, "n_random": QUERIES, "per_prompt": QUERIES, "path": PATH,
@@ -263,7 +263,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         "what": nothing, "layers": optional(EDIT["positions"]), "positions": optional(several(whole(0, 10**40), one=True, distinct=False)),
     }),
     "primary_direction": (lambda: (sc.primary_direction, {"clean": clean(), "layer": 6}), {
-        "clean": nothing, "layer": LAYER, "primary": POSITION, "raw": flag,
+        "clean": nothing, "layer": LAYER, "primary": optional(POSITION), "raw": flag,
     }),
     "official": (lambda: (sc.official, {"hidden_states": torch.ones(5, 4, 3)}), {
         "hidden_states": nothing, "first_positions": several(whole(0, 3)),
@@ -295,7 +295,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Callable, dict]], dict[str, Callable]]
         "max_tokens": optional(QUERIES), "chat": flag, "decoding": NONE, "thresholds": lambda value: isinstance(value, dict) and not value,
     }),
     "reproduce": (lambda: (sc.reproduce, {"models": [lens()], "plan": sc.Plan(sc.load_prompts("all", 1)), "folder": "/proc/none/x"}), {
-        "models": nothing, "plan": nothing, "folder": nothing, "records": nothing, "figures": nothing, "formats": nothing,
+        "models": nothing, "plan": nothing, "folder": TARGET["path"], "records": nothing, "figures": nothing, "formats": nothing,
         "command": nothing, "overwrite": nothing, "verbose": nothing,
     }),
     "load_sweep": (lambda: (sc.load_sweep, {}), {"folder": nothing}),
@@ -392,6 +392,12 @@ TABLE |= {
     }),
 }  # fmt: skip
 
+
+def one_name(value) -> bool:
+    """Of one column: itself, or in a list."""
+    return isinstance(value, str) or (isinstance(value, list | np.ndarray) and list(value) == ["a"])
+
+
 SIDES, NAMED = {"alternative": word(*statistics.ALTERNATIVES)}, {"name": lambda value: isinstance(value, str)}
 PAIR = {"values": [1.0, 2.0], "prompts": ["a", "b"]}
 TABLE |= {
@@ -403,7 +409,7 @@ TABLE |= {
         **NAMED, "values": values(2), "prompts": labels(2), "confidence": inside,
     }),
     "bootstrap_columns": (lambda: (statistics.bootstrap_columns, {"values": [[1.0], [2.0]], "prompts": ["a", "b"], "name": "n"}), {
-        "values": nothing, "prompts": labels(2), "name": lambda value: isinstance(value, str) or shown(value) == "['a']",
+        "values": nothing, "prompts": labels(2), "name": one_name,
         "confidence": inside,
     }),
     "expanded_tail": (lambda: (statistics.expanded_tail, {"n": 5}), {"n": whole(2), "confidence": inside}),

@@ -127,7 +127,7 @@ def calibrate(
         for name, given in (("judges", judges), ("null_judges", null_judges))
     )
     if executor is not None:
-        arguments.function(getattr(executor, "submit", executor), "executor", "submit(function, ...)")
+        arguments.function(getattr(executor, "submit", None), "executor's submit", "(function, ...)")
     arguments.flag(verbose, "verbose")
     work: Iterator[Callable[[], Judged]] = (
         functools.partial(judge, f"{seed}/{number}", variants[number % len(variants)], backend, asked)
