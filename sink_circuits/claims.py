@@ -282,7 +282,8 @@ def forming_layers(mapped: Effect) -> tuple[int, tuple[int, ...]]:
     effects = mapped.over_lifetime("log_odds").to_numpy().copy()
     layers = mapped.data["edit"].to_numpy().astype(int)
     effects[layers[None] > mapped.table["l_end"].to_numpy()[:, None]] = np.nan
-    mean = np.nanmean(statistics.prompt_table(effects, mapped.table["prompt"]), axis=0)
+    table = statistics.prompt_table(effects, mapped.table["prompt"])
+    mean = pd.DataFrame(table).mean().to_numpy()  # NaN, without a warning, for layers above every sink's last
     best = int(np.nanargmin(mean))
     if not mean[best] < 0:
         return int(layers[best]), (int(layers[best]),)
