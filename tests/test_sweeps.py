@@ -31,14 +31,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sink_circuits as sc
-from sink_circuits import cli, experiments, measurement, results, scores, sweep_results, sweeps
+from sink_circuits import cells, cli, experiments, measurement, results, scores, sweep_results, sweeps
+from sink_circuits.cells import Answer, Cell, Facts, Question
 from sink_circuits.edits import Edit
 from sink_circuits.errors import InputError, ModelError, ResultError
 from sink_circuits.prompts import Tokens, as_tokens
 from sink_circuits.report.sections import causal_sections
 from sink_circuits.report.text import number
 from sink_circuits.studies import Study, Texts, own_function, read_study, read_token_file
-from sink_circuits.sweeps import Answer, Cell, Facts, Question, SweepResult, WorkerPool, load_sweep, sweep
+from sink_circuits.sweeps import SweepResult, WorkerPool, load_sweep, sweep
 
 SINKS = {"a": 30, "b": 33, "none": None}  # prompt -> position of its secondary sink
 LAYERS, FACTORS = [2, 6, [6, 7], 13], [0, 1, 2]
@@ -225,10 +226,10 @@ def test_generations_are_swept_with_their_answers(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     read = Texts(str(file)).read()
     assert read == (("a", ("one two", " three four five")), ("b", "six"))
-    assert [(p.id, p.text, p.output) for p in sweeps._texts(read)] == [
+    assert [(p.id, p.text, p.output) for p in cells._texts(read)] == [
         (p.id, p.text, p.output) for p in sc.load_prompts(str(file))
     ]
-    assert sweeps._texts(Texts(tokens=str(place() / "ids.jsonl")).read()) == ()
+    assert cells._texts(Texts(tokens=str(place() / "ids.jsonl")).read()) == ()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_a_token_file_that_cannot_be_is_refused(tmp_path, text, message):
 def cell(**changed) -> Cell:
     fields = {
         "model": "m", "source": "/here/m", "weights": "abc", "prompt": "p", "ids": (0, 5), "layers": ((3,), (6, 7)),
-        "settings": sweeps.shared_settings(Study(("m",))),
+        "settings": cells.shared_settings(Study(("m",))),
     }  # fmt: skip
     return Cell(**{**fields, **changed})
 
@@ -276,7 +277,7 @@ def test_a_cell_is_named_by_its_content():
     assert cell(source="/there/m").name == cell(memory=2.0).name == one.name
     others = [
         cell(model="n"), cell(weights="abd"), cell(prompt="q"), cell(ids=(0, 6)), cell(layers=((3,),)), cell(layers=None),
-        *(cell(settings=sweeps.shared_settings(Study(("m",), **changed))) for changed in (
+        *(cell(settings=cells.shared_settings(Study(("m",), **changed))) for changed in (
             {"kinds": ["primary"]}, {"sinks_per_prompt": 1}, {"factors": [0]}, {"loss": True}, {"min_queries": 15},
             {"device": "cuda"}, {"path": "reference"}, {"threads": 2}, {"seed": "s"}, {"thresholds": {"cosine": 0.8}},
             {"kl": True}, {"interventions": ["math:copysign"]}, {"outcomes": ["math:hypot"]},
@@ -293,20 +294,20 @@ def test_a_cell_is_named_by_its_content():
 def test_cells_cover_every_layer_of_every_prompt_once(n_layers, per_cell, n_prompts, joint, everything):
     made = Study(("m",), layers="all" if everything else joint, layers_per_cell=per_cell)
     prompts = tuple((f"p{i}", (i,)) for i in range(n_prompts))
-    question = Question("m", "m", prompts, None, False, sweeps.shared_settings(made))
+    question = Question("m", "m", prompts, None, False, cells.shared_settings(made))
     facts = Facts("w", n_layers, tuple(ids for _, ids in prompts))
     highest = 0 if everything else max(max(group) for group in joint)
     if highest >= n_layers:
         with pytest.raises(InputError, match=f"layer {highest} is out of range: m has layers 0..{n_layers - 1}"):
-            sweeps.cells_of(made, question, facts)
+            cells.cells_of(made, question, facts)
         return
-    cells = sweeps.cells_of(made, question, facts)
+    planned = cells.cells_of(made, question, facts)
     groups = [(layer,) for layer in range(n_layers)] if everything else [tuple(group) for group in joint]
-    covered = [(one.prompt, group) for one in cells for group in one.layers]
+    covered = [(one.prompt, group) for one in planned for group in one.layers]
     assert sorted(covered) == sorted((name, group) for name, _ in prompts for group in groups)
-    sizes = [len(one.layers) for one in cells]
+    sizes = [len(one.layers) for one in planned]
     assert max(sizes) <= per_cell and max(sizes) - min(sizes) <= 1
-    assert len({one.name for one in cells}) == len(cells)
+    assert len({one.name for one in planned}) == len(planned)
 
 
 def test_a_draw_is_of_the_right_sinks_and_grows_with_its_limit():
@@ -316,18 +317,18 @@ def test_a_draw_is_of_the_right_sinks_and_grows_with_its_limit():
     )  # fmt: skip
     found = sc.Sinks(table, ("a", "b"), None)
     allowed = [0, 2, 3, 4, 5, 7, 8, 9, 10]
-    assert list(sweeps.drawn(found, ["secondary"], None, "s").table["pos"]) == allowed
+    assert list(cells.drawn(found, ["secondary"], None, "s").table["pos"]) == allowed
     before: set[int] = set()
     for limit in range(1, 8):
-        drawn = sweeps.drawn(found, ["secondary"], limit, "s").table
+        drawn = cells.drawn(found, ["secondary"], limit, "s").table
         assert list(drawn.groupby("prompt").size()) == [min(limit, 6), min(limit, 3)]
         assert before <= set(drawn["pos"]) <= set(allowed) and list(drawn["pos"]) == sorted(drawn["pos"])
         before = set(drawn["pos"])
-    draws = {tuple(sweeps.drawn(found, ["secondary"], 2, f"seed {i}").table["pos"]) for i in range(20)}
+    draws = {tuple(cells.drawn(found, ["secondary"], 2, f"seed {i}").table["pos"]) for i in range(20)}
     assert len(draws) > 5
     alone = sc.Sinks(table[table["prompt"] == "b"], ("b",), None)  # a prompt's draw does not depend on the others
-    drawn = sweeps.drawn(found, ["secondary"], 2, "s").table
-    assert list(sweeps.drawn(alone, ["secondary"], 2, "s").table["pos"]) == list(drawn[drawn["prompt"] == "b"]["pos"])
+    drawn = cells.drawn(found, ["secondary"], 2, "s").table
+    assert list(cells.drawn(alone, ["secondary"], 2, "s").table["pos"]) == list(drawn[drawn["prompt"] == "b"]["pos"])
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -432,8 +433,8 @@ def test_another_version_of_ones_own_functions_is_another_sweep(tmp_path, monkey
     prompts = {"tokens": str(place() / "ids.jsonl"), "n": 1}
     made = study(layers=[6], factors=[0.5], prompts=prompts, interventions=[f"{name}:bent"])
     sweep(made, tmp_path / "s", verbose=False)
-    settings = {**sweeps.shared_settings(made), "functions": {f"{name}:bent": "older"}}
-    answer = sweeps.compute(Cell("planted", str(place() / "planted"), "w", "a", (0, 5, 6), ((6,),), settings))
+    settings = {**cells.shared_settings(made), "functions": {f"{name}:bent": "older"}}
+    answer = cells.compute(Cell("planted", str(place() / "planted"), "w", "a", (0, 5, 6), ((6,),), settings))
     assert answer.cause == f"{name}:bent is another version on this worker than where the sweep began: use one copy."
     module_of_ones_own(tmp_path, monkeypatch, OWN.replace("flip(-1)", "roll(1, -1)"))
     sweep(made, tmp_path / "s", verbose=False)  # this process still has the version that it imported
@@ -538,16 +539,16 @@ def test_the_long_table_is_saved(tmp_path):
 def test_one_model_is_held_at_a_time_and_loaded_once_for_all_its_cells(tmp_path, monkeypatch):
     models = [str(place() / "planted"), str(place() / "alone")]
     held = []
-    original = sweeps.load_model
+    original = cells.load_model
 
     def load(source, **options):
-        held.append((Path(source).name, len(sweeps._held)))
+        held.append((Path(source).name, len(cells._held)))
         return original(source, **options)
 
-    monkeypatch.setattr(sweeps, "load_model", load)
+    monkeypatch.setattr(cells, "load_model", load)
     result = sweep(study(models=models, layers=[6, 7], layers_per_cell=1, factors=[0]), tmp_path / "s", verbose=False)
     assert held == [("alone", 0), ("planted", 0), ("alone", 0)]  # asked in reverse: the first one is there already
-    assert not sweeps._held
+    assert not cells._held
     means = (
         result.table[(result.table["outcome"] == "score") & (result.table["layers"] == "6")]
         .groupby("model")["effect"]
@@ -724,25 +725,25 @@ def test_a_folder_without_a_sweep_is_not_read(tmp_path, text):
 
 def test_a_worker_with_other_weights_fails_the_cell():
     made = study()
-    settings = sweeps.shared_settings(made)
+    settings = cells.shared_settings(made)
     one = Cell("planted", str(place() / "planted"), "other", "a", (0, 5, 6), ((6,),), settings)
     try:
-        outcome = sweeps.compute(one)
+        outcome = cells.compute(one)
     finally:
-        sweeps.release_model()
+        cells.release_model()
     assert outcome.value is None and "has weights" in outcome.cause and "other where the sweep began" in outcome.cause
 
 
 # --------------------------------------------------------------------------------------------------------- failures
 def failing(monkeypatch, error: Exception):
-    original = sweeps.measured
+    original = cells.measured
 
     def measured(model, one):
         if one.prompt == "b":
             raise error
         return original(model, one)
 
-    monkeypatch.setattr(sweeps, "measured", measured)
+    monkeypatch.setattr(cells, "measured", measured)
 
 
 def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(tmp_path, monkeypatch, capsys):
@@ -814,7 +815,7 @@ def test_tasks_of_dying_workers_are_given_to_others(future):
         },
         future,
     )  # fmt: skip
-    outcomes = dict(sweeps._answers(pool, sweeps.compute, list(pool.answers)))
+    outcomes = dict(sweeps._answers(pool, cells.compute, list(pool.answers)))
     assert outcomes["fine"] == outcomes["once"] == good
     assert pool.given.count("always") == sweeps.ATTEMPTS
     assert "BrokenProcessPool: died" in outcomes["always"].cause
@@ -828,7 +829,7 @@ def test_tasks_of_dying_workers_are_given_to_others(future):
 def test_threads_of_one_process_take_turns(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         sweep(study(), tmp_path / "s", pool, verbose=False)
-    sweeps.release_model()
+    cells.release_model()
     assert contents(tmp_path / "s") == contents(finished().folder)
 
 
@@ -1056,6 +1057,6 @@ def test_the_command_speaks_to_a_scheduler(tmp_path, capsys):
             cluster.scheduler_address,
         ]
         assert cli.main(command) == 0
-    sweeps.release_model()
+    cells.release_model()
     (tmp_path / "s" / "summary.csv").unlink()
     assert contents(tmp_path / "s") == contents(finished().folder)
