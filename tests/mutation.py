@@ -42,8 +42,8 @@ TESTS = {
     "detection": ("test_detection", "test_sink_states", "test_official", "test_directions"),
     "edits": ("test_edits", "test_interventions"),
     "interventions": ("test_interventions",),
-    "clean_runs": ("test_runs", "test_scores", "test_mass"),
-    "edited_runs": ("test_runs", "test_scores", "test_mass"),
+    "clean_runs": ("test_runs", "test_caches", "test_scores", "test_mass"),
+    "edited_runs": ("test_runs", "test_losses", "test_scores", "test_mass"),
     "statistics": ("test_statistics",),
 }
 """Of each module the test files that must notice; slow tests are left out, as in `make test`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import threading
 
@@ -12,71 +11,13 @@ import hand
 import pytest
 import torch
 from common import BACKENDS, SINK, by_hand, lens, no_forward_pass, prompt, subject, threads_of
-from torch.nn.modules.module import register_module_forward_pre_hook
+from edits_by_hand import CHOSEN, EDITS, FULL, PATHS, cases, check_columns, edits_of
 
 import sink_circuits as sc
-from sink_circuits import planted
-from sink_circuits.clean_runs import Columns, clean_loss, resolve_path
+from sink_circuits.clean_runs import resolve_path
 from sink_circuits.edited_runs import batches
-from sink_circuits.errors import CacheError, InputError, SinkCircuitsError
-from sink_circuits.holds import Hold
-from sink_circuits.losses import Unembedding, next_token_kl, next_token_loss
+from sink_circuits.errors import InputError
 from sink_circuits.scores import column_log_odds, column_scores
-
-FULL = [None] * 24
-PATHS = [("bridge", "fast"), ("bridge", "reference"), *([("hooked", "reference")] if "hooked" in BACKENDS else [])]
-CHOSEN = (0, 10, SINK, 70)
-
-
-def kl_by_hand(clean: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(clean || edited) of logits [pos, d_vocab], from the probabilities themselves."""
-    p, q = clean.double().softmax(-1), edited.double().softmax(-1)
-    return (p * (p / q).log()).sum(-1)
-
-
-def flip(c: torch.Tensor) -> torch.Tensor:
-    return 0.5 * c.flip(-1)
-
-
-def edits_of(edited: dict) -> list[sc.Edit]:
-    """{(layer, pos): factor or function} as edits, each position for itself."""
-    return [
-        sc.Edit(layer, (pos,), f) if callable(f) else sc.rescale(layer, pos, f) for (layer, pos), f in edited.items()
-    ]
-
-
-# One run each, as the hand-written forward pass takes them: single edits, windows of layers, joint sets, several
-# positions, positions at both ends, layers at both ends, factors above one, a function of the user's own.
-EDITS = {
-    "single": {(6, SINK): 0.0},
-    "joint": {(6, SINK): 0.0, (7, SINK): 0.0},
-    "window": {(layer, SINK): 0.5 for layer in range(4, 10)},
-    "positions": {(5, 10): 0.0, (5, 70): 2.0, (7, SINK): 0.0},
-    "primary": {(2, 0): 0.0},
-    "first layer": {(0, 1): 0.0, (0, 50): 3.0},
-    "last layer": {(23, 70): 0.0},
-    "last position": {(3, 95): 4.0},
-    "far apart": {(2, 70): 3.0, (12, 10): 0.0, (20, SINK): 2.0},
-    "function": {(6, SINK): flip, (8, SINK): flip},
-}  # fmt: skip
-
-
-def cases(*names: str) -> list[tuple[str, str, str]]:
-    """Every path with every name; the slowest path with the first two alone where another reference path has all."""
-    slow = ("bridge", "reference") if "hooked" in BACKENDS else None
-    return [(*path, name) for path in PATHS for name in (names[:2] if path == slow else names)]
-
-
-def check_columns(columns: Columns, pattern: torch.Tensor) -> None:
-    chosen = list(columns.chosen)
-    scores = hand.sink_scores(pattern)[..., chosen]
-    assert (column_scores(columns, FULL, 1) - scores).abs().max() < 2e-5
-    assert (column_log_odds(columns, FULL, 1) - hand.log_odds(pattern)[..., chosen]).abs().max() < 2e-3
-    seen = torch.arange(pattern.shape[-1])[:, None] >= torch.tensor(chosen)
-    assert (columns.log_attention.exp() - pattern[..., chosen]).abs().max() < 1e-4
-    assert (columns.log_attention[..., ~seen] < -80).all()
-    assert columns.log_rest.isfinite().all()
-    assert columns.log_attention.isfinite().all()
 
 
 @pytest.mark.parametrize(("backend", "path"), PATHS)
@@ -247,126 +188,6 @@ def test_windows_and_post_norms_through_both_paths():
             assert (run.loss[:-1] - loss).abs().max() < 1e-4, (name, path)
 
 
-# ----------------------------------------------------------------------------------------------- the user's cache
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("hooks", ["pattern", "rotated"])
-def test_the_users_cache_gives_the_same(backend, hooks):
-    model, batch = lens(backend), torch.stack([prompt((20,), 96, "b"), prompt()])
-    wanted = sc.names_filter(model)
-    if hooks == "rotated":
-        patterns = wanted
-
-        def wanted(name):
-            return (patterns(name) and "pattern" not in name) or name.endswith(("hook_rot_q", "hook_rot_k"))
-
-    _, cache = model.run_with_cache(batch, names_filter=wanted)
-    clean = sc.run_clean(model, batch[1], chosen=CHOSEN, clean_cache=cache, row=1)
-    direct = sc.run_clean(model, batch[1], chosen=CHOSEN)
-    assert clean.path == "cache"
-    assert (clean.later - direct.later).abs().max() < 1e-4
-    assert (clean.diagonal - direct.diagonal).abs().max() < 1e-5
-    check_columns(clean.columns, by_hand(prompt()).pattern)
-    (run,) = sc.run_edited(model, clean, [edits_of(EDITS["joint"])])
-    assert run.path == ("fast" if backend == "bridge" else "reference")
-    check_columns(run.columns, by_hand(prompt(), EDITS["joint"]).pattern)
-    assert torch.equal(run.columns.log_attention[:7], clean.columns.log_attention[:7])
-
-
-def test_a_cache_without_batch_axis_serves():
-    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
-    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, clean_cache=cache.remove_batch_dim())
-    check_columns(clean.columns, by_hand(prompt()).pattern)
-
-
-def test_a_cache_may_be_a_plain_dictionary():
-    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
-    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, clean_cache={name: cache[name] for name in cache})
-    check_columns(clean.columns, by_hand(prompt()).pattern)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_of_the_users_cache(side):
-    """Residuals and patterns of the row's own positions; only those of the text itself."""
-    short = prompt((20,), 70, "b")
-    where = slice(26, 96) if side == "left" else slice(0, 70)
-    tokens, mask = torch.full((2, 96), 5), torch.zeros(2, 96, dtype=torch.long)
-    tokens[0], mask[0] = prompt(), 1
-    tokens[1, where], mask[1, where] = short, 1
-    _, cache = lens().run_with_cache(tokens, attention_mask=mask, names_filter=sc.names_filter(lens()))
-    clean = sc.run_clean(lens(), short, chosen=(0, 20), clean_cache=cache, row=1, mask=mask[1])
-    expected = by_hand(short)
-    assert (torch.stack([clean.resid_post(i) for i in range(24)]) - expected.residuals).abs().max() < 1e-3
-    check_columns(clean.columns, expected.pattern)
-
-
-@pytest.mark.parametrize("letters", [("q", "k"), ("q",)])
-def test_plain_queries_and_keys_serve_where_positions_are_learned(letters):
-    """GPT-2 rotates nothing: what stands at hook_q and hook_k is what the scores are made from. One alone is not enough."""
-    plant = planted.random_plant("cache", variant="gpt2", n_secondary=1)
-    model, tokens = plant.bridge(), plant.prompt("x")
-    wanted, ends = sc.names_filter(model), tuple(f"attn.hook_{letter}" for letter in letters)
-    _, cache = model.run_with_cache(
-        tokens[None], names_filter=lambda name: (wanted(name) and "pattern" not in name) or name.endswith(ends)
-    )
-    if len(letters) == 1:
-        with pytest.raises(CacheError, match="hook_pattern"):
-            sc.run_clean(model, tokens, clean_cache=cache)
-        return
-    with torch.no_grad():
-        pattern = torch.stack(plant.hf_model(tokens[None], output_attentions=True).attentions)[:, 0].double()
-    clean = sc.run_clean(model, tokens, chosen=(0, 30), clean_cache=cache)
-    later = (pattern * torch.ones(80, 80).tril(-1)).sum(-2)
-    assert (clean.later - later).abs().max() < 1e-4 * later.max()
-    assert (clean.diagonal - pattern.diagonal(dim1=-2, dim2=-1)).abs().max() < 1e-4
-    assert (clean.columns.log_attention.exp() - pattern[..., [0, 30]]).abs().max() < 1e-4
-
-
-def test_only_block_0_is_run_again_where_a_cache_is_given():
-    model = lens("hooked" if "hooked" in BACKENDS else "bridge")
-    _, cache = model.run_with_cache(prompt()[None])
-    sc.adapt(model)
-    blocks, entered = list(model.blocks), set()
-
-    def note(module, args):
-        entered.update(i for i, block in enumerate(blocks) if block is module)
-
-    handle = register_module_forward_pre_hook(note)  # a hook on the model itself would be the user's: checked anew
-    try:
-        assert sc.run_clean(model, prompt(), chosen=CHOSEN, clean_cache=cache).path == "cache"
-    finally:
-        handle.remove()
-    assert entered and entered <= {0, 1}, "TransformerLens 4 enters block 1 and stops there"
-
-
-@pytest.mark.parametrize("dropped", ["hook_resid_mid", "hook_mlp_out", "hook_pattern"])
-def test_missing_hooks_are_named(dropped):
-    wanted = sc.names_filter(lens())
-    _, cache = lens().run_with_cache(prompt()[None], names_filter=lambda name: wanted(name) and dropped not in name)
-    with pytest.raises(CacheError, match=rf"lacks 24 hooks, the first blocks\.0\..*{dropped}.*names_filter"):
-        sc.run_clean(lens(), prompt(), clean_cache=cache)
-    _, cache = lens().run_with_cache(
-        prompt()[None],
-        names_filter=lambda name: wanted(name) and f"blocks.7.{dropped}" not in name.replace("attn.", ""),
-    )
-    with pytest.raises(CacheError, match=rf"lacks 1 hooks, the first blocks\.7\..*{dropped}"):
-        sc.run_clean(lens(), prompt(), clean_cache=cache)
-
-
-def test_the_cache_of_another_text_is_refused():
-    _, longer = lens().run_with_cache(prompt(n_tokens=100)[None], names_filter=sc.names_filter(lens()))
-    with pytest.raises(CacheError, match="100 positions.*the text 96: cache the same tokens"):
-        sc.run_clean(lens(), prompt(), clean_cache=longer)
-    _, other = lens().run_with_cache(prompt(seed_name="other")[None], names_filter=sc.names_filter(lens()))
-    with pytest.raises(CacheError, match="another text|same tokens"):
-        sc.run_clean(lens(), prompt(), clean_cache=other)
-
-
-def test_a_row_that_the_cache_lacks_is_refused():
-    _, cache = lens().run_with_cache(prompt()[None], names_filter=sc.names_filter(lens()))
-    with pytest.raises(SinkCircuitsError, match="row"):
-        sc.run_clean(lens(), prompt(), clean_cache=cache, row=1)
-
-
 # ----------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -451,137 +272,6 @@ def test_an_edit_that_writes_in_place_reaches_no_clean_value():
         (run,) = sc.run_edited(lens(), clean, [[sc.Edit(6, (SINK,), lambda c: c.mul_(0))]], path=path)
         check_columns(run.columns, by_hand(prompt(), EDITS["single"]).pattern)
     assert torch.equal(clean.contribution, before)
-
-
-# -------------------------------------------------------------------------------------------------------- losses
-@pytest.mark.parametrize("backend", BACKENDS)
-@torch.no_grad()
-def test_loss_is_hugging_faces_cross_entropy(backend):
-    clean = sc.run_clean(lens(backend), prompt(), chosen=(0,))
-    expected = subject().hf_model(prompt()[None], labels=prompt()[None]).loss.item()
-    loss = clean_loss(lens(backend), clean)
-    assert loss[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
-    assert loss[-1].isnan()
-    (run,) = sc.run_edited(lens(backend), clean, [[]], loss=True)
-    assert run.loss[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_loss_before_the_first_edit_is_the_clean_runs():
-    clean = sc.run_clean(lens(), prompt(), chosen=CHOSEN, loss=True)
-    given = dataclasses.replace(clean, loss=torch.full((96,), 7.0))
-    (run,) = sc.run_edited(lens(), given, [[sc.zero(6, SINK)]], loss=True)
-    assert (run.loss[:SINK] == 7).all()
-    (own,) = sc.run_edited(lens(), dataclasses.replace(clean, loss=None), [[sc.zero(6, SINK)]], loss=True)
-    assert (own.loss[:SINK] - clean.loss[:SINK]).abs().max() < 1e-5
-    assert torch.equal(run.loss[SINK:-1], own.loss[SINK:-1])
-
-
-def test_clean_runs_of_half_precision_models_sum_in_float32():
-    model = sc.load_model(eager.tiny("llama").bfloat16(), verbose=False)
-    clean = sc.run_clean(model, eager.random_tokens(30), chosen=(0, 5), path="reference")
-    for tensor in (clean.later, clean.diagonal, clean.columns.log_attention, clean.columns.log_rest):
-        assert tensor.dtype == torch.float32
-
-
-@torch.no_grad()
-def test_loss_with_capped_logits():
-    """Gemma 2 caps its logits after the unembedding."""
-    hf, tokens = eager.tiny("gemma2"), eager.random_tokens(30)
-    expected = hf(tokens[None], labels=tokens[None]).loss.item()
-    model = sc.load_model(eager.tiny("gemma2"), verbose=False)
-    for path in ("fast", "reference"):
-        clean = sc.run_clean(model, tokens, chosen=(0,), path=path)
-        assert clean_loss(model, clean)[:-1].mean().item() == pytest.approx(expected, abs=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------- divergences
-@pytest.mark.parametrize(("backend", "path", "name"), cases("window", "far apart", "last layer", "last position"))
-def test_kl_is_that_of_the_distributions_by_hand(backend, path, name):
-    expected = kl_by_hand(by_hand(prompt()).logits, by_hand(prompt(), EDITS[name]).logits)
-    clean = sc.run_clean(lens(backend), prompt(), chosen=CHOSEN, path=path)
-    rows = [edits_of(EDITS[name]), [sc.rescale(3, 20, 1.0)]]
-    run, same = sc.run_edited(lens(backend), clean, rows, kl=True, path=path)
-    assert run.loss is None
-    assert run.kl.shape == (96,)
-    assert ((run.kl - expected).abs() <= 1e-7 + 1e-3 * expected).all()
-    assert expected.max() > 1e-5
-    first = min(pos for _, pos in EDITS[name])
-    assert (run.kl[:first] == 0).all()
-    assert (same.kl >= 0).all()
-    assert same.kl.max() < (1e-9 if path == "fast" else 1e-12)
-    (without,) = sc.run_edited(lens(backend), clean, rows[:1], path=path)
-    assert without.kl is None
-
-
-@pytest.mark.parametrize("path", ["fast", "reference"])
-def test_kl_with_capped_logits_and_held_activations(path):
-    hf, tokens = eager.tiny("gemma2"), eager.random_tokens(30)
-    model = sc.load_model(eager.tiny("gemma2"), verbose=False)
-    clean = sc.run_clean(model, tokens, chosen=(5,), path=path)
-    free, held = sc.run_edited(
-        model, clean, [[sc.zero(1, 5)], [sc.zero(1, 5), Hold("resid_post", positions="others")]], kl=True, path=path
-    )
-    logits = eager.forward(hf, tokens).logits
-    expected = kl_by_hand(logits, eager.forward(hf, tokens, {(1, 5): 0.0}).logits)
-    assert (free.kl - expected).abs().max() < 1e-4 * expected.max()
-    assert held.kl[5] > 1e-5
-    assert (held.kl[torch.arange(30) != 5] < 1e-9).all(), "all other positions are held"
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_divergences_made_in_slices_are_those_made_at_once(monkeypatch, n):
-    generator = torch.Generator().manual_seed(n)
-    weight, clean, edited = (torch.randn(shape, generator=generator) for shape in ((9, 4), (n, 4), (3, n, 4)))
-    monkeypatch.setattr("sink_circuits.losses.LOGIT_SLICE_FLOATS", 72)  # two positions at a time
-    found = next_token_kl(lambda x: x @ weight.T, clean, edited)
-    for row in range(3):
-        expected = kl_by_hand(clean @ weight.T, edited[row] @ weight.T)
-        torch.testing.assert_close(found[row].double(), expected, atol=1e-6, rtol=1e-5)
-    assert (next_token_kl(lambda x: x @ weight.T, clean, clean[None]) == 0).all()
-
-
-def test_small_divergences_are_not_rounding():
-    """A change of 1e-5 in the logits makes a divergence of about 1e-11; probabilities in float32 would say 1e-7."""
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
-    moved = logits + 1e-5 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    found = next_token_kl(lambda x: x, logits, moved[None])[0]
-    assert found.item() == pytest.approx(kl_by_hand(logits, moved).item(), rel=1e-3)
-    assert 1e-13 < found.item() < 1e-9
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    "more", [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0}, {"bias": True, "scale": 3.0, "softcap": 5.0}]
-)
-@pytest.mark.parametrize("n", [1, 2, 4, 17])
-def test_losses_made_in_tiles_are_those_made_at_once(monkeypatch, n, more, threads):
-    monkeypatch.setattr("sink_circuits.losses.TILE_POSITIONS", 3)
-    monkeypatch.setattr("sink_circuits.losses.TILE_TOKENS", 4)
-    monkeypatch.setattr("sink_circuits.attention.THREADED_FLOATS", 1)
-    generator = torch.Generator().manual_seed(0)
-    weight, resid = 3 * torch.randn(9, 4, generator=generator), 3 * torch.randn(n, 4, generator=generator)
-    tokens, bias = torch.arange(n) % 9, torch.randn(9, generator=generator) if more.get("bias") else None
-    made = Unembedding(torch.nn.Identity(), weight, bias, more.get("scale"), more.get("softcap"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = next_token_loss(made, resid, tokens)
-    finally:
-        torch.set_num_threads(before)
-    logits = resid.double() @ weight.double().T + (0 if bias is None else bias.double())
-    logits = logits * more.get("scale", 1)
-    logits = logits if "softcap" not in more else more["softcap"] * (logits / more["softcap"]).tanh()
-    log_p = logits.log_softmax(-1)
-    for position in range(n - 1):
-        assert found[position].item() == pytest.approx(-log_p[position, tokens[position + 1]].item(), abs=1e-5)
-    assert found[-1].isnan()
-    torch.testing.assert_close(made(resid).double(), logits, atol=1e-5, rtol=1e-5)
-
-
-def test_a_certain_next_token_has_a_loss_of_zero_and_an_impossible_one_a_large_one():
-    made = Unembedding(torch.nn.Identity(), torch.tensor([[100.0], [-100.0]]))
-    found = next_token_loss(made, torch.ones(3, 1), torch.tensor([0, 0, 1]))
-    assert found[:2].tolist() == [0.0, 200.0]
 
 
 # --------------------------------------------------------------------------------------- the user's hooks, weights
