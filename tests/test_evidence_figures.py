@@ -116,6 +116,11 @@ def test_a_layer_map_shows_the_range_of_its_controls(results):
     said = figure.layout.title.text.replace("<br>", " ")
     edit = results.controls.data["edit"].values[0]
     assert "Grey band" in said and ("of the removal at" if edit == "zero" else f"of the edit “{edit}” at") in said
+    assert "one prompt's mean" not in said
+    few = results.controls.data.copy(deep=True)
+    few["control_log_odds"].loc[{"control": "same range", "sink": prompts.index[prompts != prompts.iloc[0]]}] = np.nan
+    one = figures.layer_map_figure(results.layer_map, "log_odds", dataclasses.replace(results.controls, data=few))
+    assert "same range: one prompt's mean" in one.layout.title.text.replace("<br>", " ")
     without = figures.layer_map_figure(results.layer_map, "log_odds")
     assert "Grey band" not in without.layout.title.text.replace("<br>", " ")
 

@@ -187,7 +187,7 @@ def control_band(controls, outcome: str) -> tuple[float, float, list[str]] | Non
         if np.isfinite(values).any():
             own = statistics.bootstrap_over_prompts(values, controls.table["prompt"], name=f"{name}/{outcome}/band")
             ends += [end if np.isfinite(end) else own.mean for end in (own.low, own.high)]
-            names.append(name)
+            names.append(name if np.isfinite(own.low) else f"{name}: one prompt's mean")
     return (min(ends), max(ends), names) if names else None
 
 
