@@ -31,7 +31,7 @@ help:
 	@echo 'make demo       the pipeline from end to end, on a model that comes by pip; writes a report'
 	@echo 'make test       fast tests, TransformerLens 3.9'
 	@echo 'make test-tl43  fast tests, TransformerLens 4.3'
-	@echo 'make test-all   all tests with both, and the notebooks'
+	@echo 'make test-all   all tests with both, and the notebooks; two hours'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     ruff, changing files'
 	@echo 'make coverage   fast tests, and the lines that they do not reach'
