@@ -148,9 +148,14 @@ def adapt(model) -> Adapter:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Twelve hex digits over samples of every parameter: tells two checkpoints of one name apart."""
+    """Twelve hex digits over samples of every parameter: tells two checkpoints of one name apart.
+
+    One of zeros counts as none: TransformerLens 3.9 gives every unembedding a bias of zeros, 4.3 does not.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if not parameter.any():
+            continue
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())

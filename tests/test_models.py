@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sink_circuits as sc
 from sink_circuits import weights
+from sink_circuits.adapters import hash_weights
 from sink_circuits.errors import InputError, ModelError, SinkCircuitsError
 from sink_circuits.load_checks import relative_error
 from sink_circuits.models import layers_of_config
@@ -78,6 +79,17 @@ def test_weights_hash_tells_checkpoints_apart():
     again = sc.adapt(sc.load_model(eager.tiny("llama", 0), verbose=False)).weights_hash
     assert len(hashes) == 3
     assert again in hashes
+
+
+def test_a_parameter_of_zeros_does_not_change_the_weights_hash():
+    """TransformerLens 3.9 puts one beside every unembedding, 4.3 does not: it is the same checkpoint."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    before = hash_weights(model)
+    model.bias = torch.nn.Parameter(torch.zeros(2))
+    assert hash_weights(model) == before
+    with torch.no_grad():
+        model.bias[1] = 1
+    assert hash_weights(model) != before
 
 
 def test_compatibility_mode_is_seen_as_processing():
