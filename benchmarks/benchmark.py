@@ -1,6 +1,7 @@
 """Time and memory of sink_circuits against its peers, on this machine, side by side in one run.
 
-    python benchmarks/benchmark.py [--only attention find sweep growth] [--models smollm2-135m gemma-3-270m] [--out benchmark.json]
+    python benchmarks/benchmark.py [--only attention find sweep growth] [--models smollm2-135m gemma-3-270m] [--device cuda]
+        [--out benchmark.json]
 
 Prints one line per comparison and writes them as JSON after every part, with a figure of the growth beside it. Seconds
 (wall and processor) are medians over rounds in alternating order, ratios medians of the rounds' own ratios; `target` is
@@ -35,9 +36,17 @@ FACTORS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 
 def spent(work: Callable, *args) -> np.ndarray:
     """Seconds that `work` takes: on the wall's clock, and of processor time over all threads."""
+    finish()
     before = np.array([time.perf_counter(), time.process_time()])
     work(*args)
+    finish()
     return np.array([time.perf_counter(), time.process_time()]) - before
+
+
+def finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def alternate(works: dict[str, Callable], repeats: int) -> dict[str, np.ndarray]:
@@ -61,7 +70,14 @@ def compared(own: np.ndarray, peer: str, other: np.ndarray) -> Row:
 
 
 def peak_extra(work: Callable, *args) -> float:
-    """MiB that `work` takes at its highest beyond what was held before (Linux: the kernel's own peak, reset first)."""
+    """MiB that `work` takes at its highest beyond what was held before: of a GPU where one is used, else of this process
+    (Linux: the kernel's own peak, reset first)."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work(*args)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     clear = Path("/proc/self/clear_refs")
     if not os.access(clear, os.W_OK):
         return float("nan")
@@ -91,7 +107,7 @@ def threads_of(threads: int):
 
 
 @torch.no_grad()
-def attention_rows(lengths: Sequence[int], repeats: int) -> list[Row]:
+def attention_rows(lengths: Sequence[int], repeats: int, device: str) -> list[Row]:
     """One layer: all keys' scores, and chosen keys without and with exact log-odds, against SDPA's forward alone."""
     from sink_circuits.attention import AttentionForm, streamed_attention
 
@@ -99,7 +115,7 @@ def attention_rows(lengths: Sequence[int], repeats: int) -> list[Row]:
     shapes = (("SmolLM2", 9, 3, 64), ("Gemma 3 270M", 4, 1, 256))
     for name, heads, key_heads, d_head in shapes:
         for n in lengths:
-            query, key, value = (torch.randn(1, h, n, d_head) for h in (heads, key_heads, key_heads))
+            query, key, value = (torch.randn(1, h, n, d_head, device=device) for h in (heads, key_heads, key_heads))
             form = AttentionForm(d_head**-0.5)
 
             def sdpa(q=query, k=key, v=value):
@@ -114,7 +130,7 @@ def attention_rows(lengths: Sequence[int], repeats: int) -> list[Row]:
                 "2 keys": chosen(2, False), "2 keys, log-odds": chosen(2, True),
                 "64 keys": chosen(64, False), "64 keys, log-odds": chosen(64, True),
             }  # fmt: skip
-            for threads in sorted({1, torch.get_num_threads()}):
+            for threads in sorted({1, torch.get_num_threads()}) if device == "cpu" else (1,):
                 with threads_of(threads):
                     times = alternate(works, repeats)
                     for work in list(works)[1:]:
@@ -132,16 +148,16 @@ def text_of(model, n: int) -> torch.Tensor:
     import sink_circuits as sc
 
     ids = torch.cat(list(sc.load_prompts("all").tokens(model)))
-    return ids.repeat(-(-n // len(ids)))[:n]
+    return ids.repeat(-(-n // len(ids)))[:n].to(next(model.parameters()).device)
 
 
 @torch.no_grad()
-def find_rows(name: str, lengths: Sequence[int], repeats: int) -> list[Row]:
+def find_rows(name: str, lengths: Sequence[int], repeats: int, device: str) -> list[Row]:
     """find_sinks against Hugging Face: eager with output_attentions (up to 2048), and SDPA without logits."""
     import sink_circuits as sc
     from sink_circuits.twin import plain_module
 
-    model = sc.load_model(name, verbose=False)
+    model = sc.load_model(name, device=device, verbose=False)
     eager, sdpa = plain_module(model, "eager"), plain_module(model, "sdpa")
     rows: list[Row] = []
     for n in lengths:
@@ -294,12 +310,12 @@ def limit_spent(sdpa, ids, position: int) -> np.ndarray:
     return (len(FACTORS) - 1) * (suffix * share + n_layers * unembed * (n - position) / n) + whole
 
 
-def sweep_rows(name: str, lengths: Sequence[int], every: int, n_cells: int) -> list[Row]:
+def sweep_rows(name: str, lengths: Sequence[int], every: int, n_cells: int, device: str) -> list[Row]:
     """Every layer x 7 factors at one position: treated and primary scores in all later layers, and the loss."""
     import sink_circuits as sc
     from sink_circuits.twin import plain_module
 
-    model = sc.load_model(name, verbose=False)
+    model = sc.load_model(name, device=device, verbose=False)
     sc.adapt(model)
     sdpa = plain_module(model, "sdpa")
     return [
@@ -321,6 +337,8 @@ def _sweep_rows(model, sdpa, ids: torch.Tensor, every: int, n_cells: int) -> lis
     own_note = f"; own: {len(layers)} of {n_layers} layers timed" if every > 1 else ""
     rows: list[Row] = []
     for where, position in (("first quarter", early), ("second half", 5 * n // 8)):
+        if ids.is_cuda:  # kernels are loaded and memory is taken when first needed
+            own_sweep(model, ids, position, layers)
         seconds = spent(own_sweep, model, ids, position, layers) * n_layers / len(layers)
         memory = peak_extra(own_sweep, model, ids, position, [0])
         goal = (1 / 3 if n < 2048 else 1 / 5) / (1 if where == "first quarter" else 2)
@@ -347,12 +365,12 @@ def _sweep_rows(model, sdpa, ids: torch.Tensor, every: int, n_cells: int) -> lis
 
 
 @torch.no_grad()
-def growth_rows(name: str, lengths: Sequence[int], sweep_length: int) -> list[Row]:
+def growth_rows(name: str, lengths: Sequence[int], sweep_length: int, device: str) -> list[Row]:
     """Seconds against tokens (find_sinks, and an SDPA forward), against layers swept, and against factors."""
     import sink_circuits as sc
     from sink_circuits.twin import plain_module
 
-    model = sc.load_model(name, verbose=False)
+    model = sc.load_model(name, device=device, verbose=False)
     sdpa, n_layers = plain_module(model, "sdpa"), model.cfg.n_layers
     rows: list[Row] = []
 
@@ -407,6 +425,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma-3-270m"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1...; MiB are then those of the GPU")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the attention and find parts")
     parser.add_argument("--attention-lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--find-lengths", type=int, nargs="+", default=[2048, 8192])
@@ -420,19 +439,21 @@ def main() -> None:
     if options.every < 1 or options.cells < 1 or options.repeats < 1:
         parser.error("--every, --cells and --repeats count from 1")
 
+    device = options.device
     parts: dict[str, Callable[[str], list[Row]]] = {
-        "find": lambda model: find_rows(model, options.find_lengths, options.repeats),
-        "sweep": lambda model: sweep_rows(model, options.sweep_lengths, options.every, options.cells),
-        "growth": lambda model: growth_rows(model, options.growth_lengths, options.growth_sweep_length),
+        "find": lambda model: find_rows(model, options.find_lengths, options.repeats, device),
+        "sweep": lambda model: sweep_rows(model, options.sweep_lengths, options.every, options.cells, device),
+        "growth": lambda model: growth_rows(model, options.growth_lengths, options.growth_sweep_length, device),
     }
     machine = {
         "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(),
+        "python": platform.python_version(), "device": device,
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
     }  # fmt: skip
     rows: list[Row] = []
     for part in options.only:
         if part == "attention":
-            found = [attention_rows(options.attention_lengths, options.repeats)]
+            found = [attention_rows(options.attention_lengths, options.repeats, device)]
         else:
             found = (parts[part](model) for model in options.models)
         for own in found:

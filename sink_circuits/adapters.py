@@ -84,6 +84,11 @@ class Adapter:
         return next(self.model.parameters()).device
 
     @property
+    def device_name(self) -> str:
+        """What the model is on: "cpu", or the name of the GPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
     def tokenizer(self):
         return getattr(self.model, "tokenizer", None)
 
@@ -138,7 +143,8 @@ def adapt(model) -> Adapter:
     backend_of(model)
     modules = _modules(model)
     # Hooks of the user's change what the checks would see; in training mode every run draws its own dropout.
-    state = (fingerprint(model), _has_user_hooks(modules), _drops_out(modules))
+    parameters = {id(p): p for part in modules for p in part._parameters.values() if p is not None}
+    state = (fingerprint(list(parameters.values())), _has_user_hooks(modules), _drops_out(modules))
     kept = model.__dict__.get("_sink_circuits_adapter")
     if kept is not None and kept[0] == state:
         return kept[1]
@@ -172,7 +178,10 @@ def _modules(model) -> list[nn.Module]:
 
 def _has_user_hooks(modules: Iterable[nn.Module]) -> bool:
     """Hooks of TransformerLens' or of torch's, or a `forward` put in a module's place, that are none of the libraries' own."""
+    held = ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "forward")
     for state in map(vars, modules):
+        if not any(map(state.get, held)):  # most modules: of thousands
+            continue
         # TransformerLens 4.3 says which function a handle is of, and puts some of its own there.
         handles = (*state.get("fwd_hooks", ()), *state.get("bwd_hooks", ()))
         if any(_package_of(getattr(handle, "user_hook", None)) not in OF_LIBRARIES for handle in handles):

@@ -24,13 +24,17 @@ from torch import Tensor
 
 BLOCK_ROWS = 64
 """Queries in one block of attention weights: more waste work above the diagonal, fewer make poorer matrix products. On a
-GPU, where the number of kernels counts, only BLOCK_FLOATS bounds them."""
+GPU, where the number of kernels counts, only GPU_BLOCK_FLOATS bounds them."""
 
 BLOCK_FLOATS = 1 << 21
 """Floats that one block may hold (8 MiB) where texts are so long that fewer queries must do."""
 
+GPU_BLOCK_FLOATS = 1 << 26
+"""The same on a GPU (256 MiB): a block there is as large as memory lets it be."""
+
 SLAB_FLOATS = 1 << 19
-"""Floats up to which a block takes in further key heads (2 MiB): more would leave the core's cache."""
+"""Floats up to which a block takes in further key heads (2 MiB): more would leave the core's cache. A GPU's blocks have
+no such bound."""
 
 JOINED_FLOATS = 1 << 17
 """Floats of queries, or of chosen keys' weights, that join the other keys at once (512 KiB)."""
@@ -170,6 +174,11 @@ def threads_for(n_tasks: int, floats: int, device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), n_tasks)) if device.type == "cpu" and floats >= THREADED_FLOATS else 1
 
 
+def block_floats(device: torch.device) -> int:
+    """Floats that one block of attention weights may hold."""
+    return BLOCK_FLOATS if device.type == "cpu" else GPU_BLOCK_FLOATS
+
+
 # ------------------------------------------------------------------------------------------------ blocks of queries
 def _in_blocks(
     query: Float[Tensor, "flat group query d_head"], key: Float[Tensor, "flat key d_head"],
@@ -187,11 +196,13 @@ def _in_blocks(
     log_attention = torch.full((n_flat, group, n_query, len(keys)), -torch.inf, **float32)
     log_rest = torch.zeros_like(log_attention) if odds else None
 
+    on_cpu, floats = query.device.type == "cpu", block_floats(query.device)
     widest = n_key if form.window is None else min(n_key, form.window + BLOCK_ROWS)
-    slab = min(n_flat, max(1, SLAB_FLOATS // (group * BLOCK_ROWS * widest)))
+    slab = min(n_flat, max(1, (SLAB_FLOATS if on_cpu else floats) // (group * BLOCK_ROWS * widest)))
     slabs = [slice(low, min(low + slab, n_flat)) for low in range(0, n_flat, slab)]
-    most_rows = BLOCK_ROWS if query.device.type == "cpu" else n_query
-    blocks = list(query_blocks(n_query, offset, form.window, BLOCK_FLOATS / (slab * group), most_rows))
+    blocks = list(
+        query_blocks(n_query, offset, form.window, floats / (slab * group), BLOCK_ROWS if on_cpu else n_query)
+    )
     areas = [(stop - start) * (offset + stop - first) for start, stop, first in blocks]
     runs = [blocks[own] for own in bands(areas, -(-BANDS // len(slabs)))]
     tasks = [(at, run) for run in runs for at in slabs]

@@ -289,13 +289,13 @@ def _dosed_at(intervention, dose: float, name: str, layer: int, sink: pd.Series)
 
 
 def randomly_initialised(model, name: str = "random model"):
-    """A model of the same shape and configuration with random weights, drawn from `name`; the same backend and tokenizer.
+    """A model of the same shape and configuration with random weights, drawn from `name`; the same backend, device and tokenizer.
 
     Raises ModelError when the architecture cannot be built from its configuration alone.
     """
     adapter = adapt(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(statistics.seed_of("initialise", name) % 2**63)
+        torch.default_generator.manual_seed(statistics.seed_of("initialise", name) % 2**63)  # no GPU's: not forked
         if backend_of(model) == "hooked":
             from transformer_lens import HookedTransformer
 
@@ -309,7 +309,7 @@ def randomly_initialised(model, name: str = "random model"):
             raise ModelError(
                 f"a random {type(original).__name__} cannot be made from its configuration ({error}): leave this control out."
             ) from error
-    return load_model(random.eval(), tokenizer=adapter.tokenizer, verbose=False)
+    return load_model(random.eval(), tokenizer=adapter.tokenizer, device=adapter.device, verbose=False)
 
 
 def _instead(edit: Edit, written: torch.Tensor) -> Edit:

@@ -269,7 +269,7 @@ class Geometry:
 
 
 def geometry_of(clean: CleanRun, primary: int) -> Geometry:
-    """Geometry against the token at position `primary`. A token of norm 0 has cosine 0."""
+    """Geometry against the token at position `primary`, on the CPU: it is looked at entry by entry. A token of norm 0 has cosine 0."""
     n_layers = len(clean.base)
     norms, cosines = [], []
     for layer in range(n_layers):
@@ -279,8 +279,8 @@ def geometry_of(clean: CleanRun, primary: int) -> Geometry:
         cosines.append(
             torch.nn.functional.cosine_similarity(centred, centred[primary : primary + 1], dim=-1, eps=1e-12)
         )
-    norm = torch.stack(norms)
-    return Geometry(norm, norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12), torch.stack(cosines))
+    norm = torch.stack(norms).cpu()
+    return Geometry(norm, norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12), torch.stack(cosines).cpu())
 
 
 def primary_direction(
@@ -378,7 +378,7 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
     A phase of the primary is one run of its sink states. A sink whose run begins in a phase is "secondary" when it
     begins strictly later than the phase, "primary-like" when in the same layer.
     """
-    norm = torch.stack([clean.resid_post(layer).float().norm(dim=-1) for layer in range(len(clean.base))])
+    norm = torch.stack([clean.resid_post(layer).float().norm(dim=-1) for layer in range(len(clean.base))]).cpu()
     _check_finite(norm)
     ratio = norm / norm.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
     primary = find_primary(ratio, thresholds)
@@ -395,7 +395,7 @@ def robust_rows(clean: CleanRun, windows: Sequence[int | None], thresholds: Thre
     state: Bool[Tensor, "layer pos"] = (
         (geometry.cosine > thresholds.cosine) & (geometry.norm_ratio > thresholds.norm_ratio) & primary_state[:, None]
     )
-    scores = scores_of(clean, windows, min_queries=thresholds.min_queries).mean(dim=1)
+    scores = scores_of(clean, windows, min_queries=thresholds.min_queries).mean(dim=1).cpu()
     ever = state.any(dim=0)
     rows = []
     for position in ever.nonzero().flatten().tolist():
@@ -527,7 +527,7 @@ def official_rows(model, clean: CleanRun, thresholds: Thresholds) -> list[dict]:
     """The published procedure's sinks in the columns of `Sinks`; `l_start`, `l_end` are the outermost layers found."""
     found = official(official_hidden_states(model, clean), thresholds.first_positions or (0, 1))
     nan = float("nan")
-    scores = scores_of(clean, adapt(model).windows, min_queries=thresholds.min_queries).mean(dim=1)
+    scores = scores_of(clean, adapt(model).windows, min_queries=thresholds.min_queries).mean(dim=1).cpu()
     ever = torch.zeros(clean.n_positions, dtype=torch.bool)
     ever[[found.bos, *found.layers]] = True
     return [

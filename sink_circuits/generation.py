@@ -209,9 +209,9 @@ class _Book:
             raise ResultError(
                 f"{path} holds a line without id, prompt or output: choose another name, or pass overwrite=True."
             )
-        for name in ("model", "weights", "dtype", "settings"):
+        for name in ("model", "weights", "dtype", "device", "settings"):  # each device draws in its own way
             before, now = getattr(made, name), getattr(manifest, name)
-            if before != now:
+            if before not in (now, ""):  # earlier versions noted no device
                 raise ResultError(
                     f"{path} was made with {name} {before}, not {now}: choose another name, or pass overwrite=True."
                 )

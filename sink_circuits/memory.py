@@ -14,7 +14,7 @@ import torch
 
 from sink_circuits import arguments
 from sink_circuits.adapters import Adapter
-from sink_circuits.attention import BLOCK_FLOATS
+from sink_circuits.attention import block_floats
 from sink_circuits.errors import InputError
 from sink_circuits.losses import LOGIT_SLICE_FLOATS
 
@@ -66,7 +66,8 @@ def need_of(
     detection = 0 if resumable else 2 * kept  # residuals centred on their layer's mean, and their norms
     # Of a block: the residual stream and its norms, queries, keys and values as they are and in float32, the MLP's widest.
     block = n * (element * (6 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model)) + 4 * 3 * (query_width + key_width))
-    buffers = 4 * BLOCK_FLOATS * torch.get_num_threads() + (8 * LOGIT_SLICE_FLOATS if logits else 0)
+    threads = torch.get_num_threads() if adapter.device.type == "cpu" else 1
+    buffers = 4 * block_floats(adapter.device) * threads + (8 * LOGIT_SLICE_FLOATS if logits else 0)
     if path == "reference":
         pattern = 4 * n_heads * n * n
         whole = 4 * 2 * n * cfg.d_vocab if logits else 0

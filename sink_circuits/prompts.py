@@ -451,5 +451,5 @@ def token_texts(model, ids: Int[Tensor, " pos"]) -> list[str]:
     """Each token as text, for display; without a tokenizer `<id>`."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        return [f"<{int(i)}>" for i in ids]
-    return [tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
+        return [f"<{i}>" for i in ids.tolist()]
+    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.tolist()]

@@ -32,8 +32,8 @@ class Manifest:
 
     `weights`: hash of the parameters as they were used. `revision`: what they were loaded from, a Hugging Face commit
     (40 hex digits) or the SHA-256 of a GGUF file (64), empty where that is not known. `seed`: "names", for every draw is
-    seeded by the hash of names that stand in the result (`statistics.seed_of`), never by a global state. Files of
-    versions that noted neither load with both empty.
+    seeded by the hash of names that stand in the result (`statistics.seed_of`), never by a global state. `device`: "cpu",
+    or the name of the GPU. Files of versions that did not note these load with them empty.
     """
 
     what: str
@@ -47,6 +47,7 @@ class Manifest:
     versions: Mapping = field(default_factory=dict)
     revision: str = ""
     seed: str = ""
+    device: str = ""
     format: int = FORMAT
 
     @staticmethod
@@ -60,7 +61,7 @@ class Manifest:
         return Manifest(
             what=what, model=adapter.name, weights=adapter.weights_hash, dtype=str(adapter.cfg.dtype).removeprefix("torch."),
             tokens=tokens.hash, n_prompts=len(tokens), path=path, settings=json.loads(json.dumps(settings, default=str)), versions=versions,
-            revision=adapter.revision, seed="names",
+            revision=adapter.revision, seed="names", device=adapter.device_name,
         )  # fmt: skip
 
     def to_dict(self) -> dict:

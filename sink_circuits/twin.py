@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -247,14 +247,14 @@ class Twin:
         return Unembedding(self.final_norm, linear.weight, getattr(linear, "bias", None), scale, softcap)
 
 
-def fingerprint(model: nn.Module) -> tuple:
+def fingerprint(parameters: Sequence[Tensor]) -> tuple:
     """Changes when a parameter is replaced or written to: a twin made before that no longer speaks for the model."""
-    parameters = list(model.parameters())
-    # `parameter.data.normal_()` does not count as a version: a few values are looked at too.
-    values = [
-        p.detach().reshape(-1)[[0, p.numel() // 2, -1]].float().cpu() for p in parameters if p.numel() and not p.is_meta
-    ]
-    return tuple((p.data_ptr(), p._version) for p in parameters) + tuple(torch.cat(values).tolist() if values else ())
+    # `parameter.data.normal_()` does not count as a version: a few values are looked at too, all of a device in one go.
+    values: dict[tuple, list[Tensor]] = {}
+    for flat in (p.detach().reshape(-1) for p in parameters if p.numel() and not p.is_meta):
+        values.setdefault((flat.device, flat.dtype), []).extend((flat[0], flat[len(flat) // 2], flat[-1]))
+    seen = (tuple(torch.stack(own).float().tolist()) for own in values.values())
+    return tuple((p.data_ptr(), p._version) for p in parameters) + tuple(seen)
 
 
 def plain_module(bridge, attn_implementation: str) -> nn.Module:

@@ -335,12 +335,13 @@ def test_manifest_says_how_a_result_was_made(found):
 def test_manifest_says_where_the_weights_and_the_seeds_come_from(found):
     manifest = found.manifest
     assert manifest.revision == "", "made in memory: there is no commit and no file"
+    assert manifest.device == "cpu"
     assert manifest.seed == "names"
     older = manifest.to_dict()
-    del older["revision"], older["seed"]
+    del older["revision"], older["seed"], older["device"]
     read = Manifest.from_dict(older)
-    assert (read.revision, read.seed, read.format) == ("", "", 1)
-    assert dataclasses.replace(read, seed="names") == manifest
+    assert (read.revision, read.seed, read.device, read.format) == ("", "", "", 1)
+    assert dataclasses.replace(read, seed="names", device="cpu") == manifest
 
 
 def test_files_of_another_format_or_origin_are_refused(tmp_path, found):

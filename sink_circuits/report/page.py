@@ -192,6 +192,7 @@ def _facts(sinks, effects: Sequence) -> list[tuple[str, str]]:
         ("Loaded from", manifest.revision),
         ("Weights (hash)", manifest.weights),
         ("Number format", manifest.dtype),
+        ("Device", manifest.device),
         ("Prompts", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{f' and {more} more' if more > 0 else ''}"),
         ("Tokens (hash)", manifest.tokens),
         ("Sinks found by", str(manifest.what).partition(":")[2]),
