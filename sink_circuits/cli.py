@@ -15,6 +15,7 @@ import tyro
 
 from sink_circuits.command_options import (
     Criteria,
+    Device,
     Kind,
     Model,
     Selection,
@@ -60,6 +61,7 @@ class Check:
     """
 
     model: Model
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -70,7 +72,7 @@ class Check:
         from sink_circuits.invariants import check_invariants
         from sink_circuits.models import load_model
 
-        model = load_model(self.model, verbose=not self.quiet)
+        model = load_model(self.model, device=self.device, verbose=not self.quiet)
         adapter = adapt(model)
         checks = (*adapter.checks, *check_invariants(model))
         rows = [
@@ -120,7 +122,9 @@ class Detect:
         if self.method == "official":
             # The published procedure looks for the BOS sink at 0 and 1, behind a chat template at 2 too.
             given = {"first_positions": (0, 1, 2) if self.texts.chat else (0, 1)} | given
-        model, tokens = load_texts(self.model, self.texts, given, method=self.method, verbose=not self.output.quiet)
+        model, tokens = load_texts(
+            self.model, self.texts, given, method=self.method, device=self.output.device, verbose=not self.output.quiet
+        )
         from sink_circuits import detection
 
         sinks = detection.find_sinks(
@@ -179,6 +183,7 @@ class Claims:
     """Replace a file that exists."""
     path: Literal["auto", "fast", "reference"] = "auto"
     """Execution path: `reference` goes through TransformerLens' hooks alone."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -191,8 +196,8 @@ class Claims:
         declared = claims.declared_layers(self.layer, self.layers or None)
         given, selection = self.criteria.given(), Selection(self.kinds, None)
         model, tokens = load_texts(
-            self.model, self.texts, given, selection=selection, layers=declared, verbose=not self.quiet
-        )
+            self.model, self.texts, given, selection=selection, layers=declared, device=self.device, verbose=not self.quiet
+        )  # fmt: skip
         from sink_circuits.detection import find_sinks
 
         found = find_sinks(model, tokens, path=self.path, verbose=not self.quiet, **given)
@@ -257,6 +262,7 @@ class Demo:
     """Results and report.html are written here."""
     overwrite: bool = False
     """Replace results that exist in the folder."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -270,7 +276,9 @@ class Demo:
             )
         check_free(self.folder / "report.html", overwrite=True)
         given = self.criteria.given()
-        model, tokens = load_texts(self.model, self.texts, given, selection=self.selection, verbose=not self.quiet)
+        model, tokens = load_texts(
+            self.model, self.texts, given, selection=self.selection, device=self.device, verbose=not self.quiet
+        )
         from sink_circuits import demo
 
         report = demo.run(

@@ -19,6 +19,8 @@ Model = Annotated[
     ),
 ]
 
+Device = Annotated[str, tyro.conf.arg(help="Where the model runs: cpu, cuda, cuda:1.")]
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -90,6 +92,7 @@ class Output:
     """Execution path: `reference` goes through TransformerLens' hooks alone."""
     memory: float | None = None
     """GiB to use beside the model's weights; what is free when not given. A text that does not fit is refused."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -106,6 +109,7 @@ class Table:
     """Execution path: `reference` goes through TransformerLens' hooks alone."""
     memory: float | None = None
     """GiB to use beside the model's weights; what is free when not given. A text that does not fit is refused."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -122,7 +126,7 @@ def prompts_of(texts: Texts):
 
 def load_texts(
     name: str, texts: Texts, thresholds: dict, *, verbose: bool, method: str = "robust", selection: Selection | None = None,
-    layers: tuple[int, ...] = (),
+    layers: tuple[int, ...] = (), device: str = "cpu",
 ):  # fmt: skip
     """The model and its tokens; what can be wrong with the options is told before the model's weights are read."""
     if texts.max_tokens is not None and texts.max_tokens < 1:
@@ -138,7 +142,7 @@ def load_texts(
         demo.check_selection(selection.kinds, selection.max_sinks)
     if layers:
         check_layers(layers, models.layers_of_config(name))
-    model = models.load_model(name, verbose=verbose)
+    model = models.load_model(name, device=device, verbose=verbose)
     check_layers(layers, model.cfg.n_layers)
     return model, prompts.tokens(model, max_tokens=texts.max_tokens, chat=texts.chat)
 

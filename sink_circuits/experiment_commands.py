@@ -157,8 +157,9 @@ def _experiment(command, experiment):
         )
     check_budget(output.memory)
     model, tokens = load_texts(
-        command.model, command.texts, given, selection=selection, layers=command.layers, verbose=not output.quiet
-    )
+        command.model, command.texts, given, selection=selection, layers=command.layers, device=output.device,
+        verbose=not output.quiet,
+    )  # fmt: skip
     from sink_circuits import demo, detection
 
     options = {"path": output.path, "memory": output.memory, "verbose": not output.quiet}

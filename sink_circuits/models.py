@@ -32,8 +32,7 @@ def load_model(
     """
     arguments.flag(trust_remote_code, "trust_remote_code")
     arguments.flag(verbose, "verbose")
-    if device is not None and not isinstance(device, torch.device):
-        arguments.text(device, "device")
+    check_device(device)
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ModelError(f"dtype {shown(dtype)} is not one that models compute in: use torch.float32.")
     if isinstance(source, nn.Module):
@@ -78,6 +77,24 @@ def load_model(
     bridge = _bridge(hf.eval(), tokenizer, str(source) if where else Path(str(source)).name, device or "cpu")
     bridge.__dict__["_sink_circuits_revision"] = _revision(folder, where)
     return bridge
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ModelError for a device that torch cannot compute on here, InputError for what is none."""
+    if device is None:
+        return
+    if not isinstance(device, torch.device):
+        arguments.text(device, "device")
+    try:
+        made = torch.ones(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise _unusable(device, error) from error
+    if made.is_meta:
+        raise ModelError("the meta device holds no numbers: load the model's weights, on device='cpu'.")
+
+
+def _unusable(device, error: Exception) -> ModelError:
+    return ModelError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): use device='cpu'.")
 
 
 def _check_complete(source: str, hf, info: Mapping) -> None:
@@ -203,14 +220,12 @@ def _bridge(hf, tokenizer, name: str, device: str | torch.device | None):
     hf = hf.eval()
     hf.config.architectures = [type(hf).__name__]
     device = next((parameter.device for parameter in hf.parameters()), "cpu") if device is None else device
-    if torch.device("meta") in (device, *(parameter.device for parameter in hf.parameters())) or str(device) == "meta":
+    if any(parameter.is_meta for parameter in hf.parameters()):
         raise ModelError("the meta device holds no numbers: load the model's weights, on device='cpu'.")
     try:
         hf = hf.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}): use device='cpu'."
-        ) from error
+    except RuntimeError as error:  # a GPU without memory for it
+        raise _unusable(device, error) from error
     with contextlib.suppress(ValueError, AttributeError):  # patterns exist only there; some models know no other
         hf.set_attn_implementation("eager")
     try:  # boot_transformers does the same, but takes every name for a hub's and warns about aliases

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from sink_circuits.command_options import Device
 from sink_circuits.errors import InputError
 
 
@@ -42,6 +43,7 @@ class Report:
     """With --model: as in the run."""
     overwrite: bool = False
     """Replace a page that exists."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars."""
 
@@ -110,7 +112,7 @@ class Report:
         from sink_circuits.report.page import MAX_VIEWS
         from sink_circuits.token_scores import token_scores
 
-        model = load_model(self.model, verbose=not self.quiet)
+        model = load_model(self.model, device=self.device, verbose=not self.quiet)
         if (own := adapt(model).weights_hash) != sinks.manifest.weights:
             raise InputError(
                 f"--model {self.model} has weights {own}, the results are of {sinks.manifest.model} with weights "

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from sink_circuits.command_options import Device
 from sink_circuits.errors import InputError
 
 Figure = Literal["levels", "norms_by_layer", "mlp_stages", "pca", "clustering", "score_by_lifetime", "matrix_entropy"]
@@ -66,6 +67,7 @@ class Reproduce:
     """What figures are written as, beside their tables; all but html need the extra `static` and a browser."""
     overwrite: bool = False
     """Make everything anew in a folder of another study's settings."""
+    device: Device = "cpu"
     quiet: bool = False
     """No progress bars, no lines for figures."""
 
@@ -96,7 +98,8 @@ class Reproduce:
         )  # fmt: skip
         study = reproduce(
             self.models, plan if self.models else None, self.out, records=records, figures=self.figures, formats=self.formats,
-            command=shlex.join(["sink-circuits", *sys.argv[1:]]), overwrite=self.overwrite, verbose=not self.quiet,
+            command=shlex.join(["sink-circuits", *sys.argv[1:]]), overwrite=self.overwrite, device=self.device,
+            verbose=not self.quiet,
         )  # fmt: skip
         _report(study)
         return int(bool(study.failed))

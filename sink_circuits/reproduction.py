@@ -34,7 +34,7 @@ from sink_circuits.detection import (
 from sink_circuits.errors import InputError, ResultError, SinkCircuitsError
 from sink_circuits.figures import LIBRARY, save_library
 from sink_circuits.generation import Decoding, generate
-from sink_circuits.models import load_model
+from sink_circuits.models import check_device, load_model
 from sink_circuits.prompts import PromptSet, Tokens, token_texts
 from sink_circuits.records import Record, read_records, record_of, write_records
 from sink_circuits.results import check_target, write_whole
@@ -132,7 +132,7 @@ class Reproduction:
 def reproduce(
     models: Sequence, plan: Plan | None, folder: str | Path, *, records: Mapping[str, Sequence[Record]] | None = None,
     figures: Sequence[str] = FIGURE_NAMES, formats: Sequence[str] = FORMATS, command: str = "", overwrite: bool = False,
-    verbose: bool = True,
+    device: str | None = None, verbose: bool = True,
 ) -> Reproduction:  # fmt: skip
     """All figures and tables of the study for these models, one after the other, in `folder` with an index page.
 
@@ -141,7 +141,7 @@ def reproduce(
     is known by its name), so the same call goes on where one was stopped, and a later one adds models. A figure that does
     not exist for a model (no sinks of that kind, too few of them) is told with its reason; so is what fails, which the
     next call tries again. `figures`: only these, by name. `formats`: html, svg, pdf, png; where a browser is missing for
-    the last three, the page says so. `command`: how to make this again, for the page.
+    the last three, the page says so. `command`: how to make this again, for the page. `device`: as `load_model` takes it.
 
     Raises InputError for an unknown figure or format, two models of one name or a study of nothing; ResultError for a
     folder that holds something else or was made by another plan (unless `overwrite`); and what `load_model` raises where
@@ -162,6 +162,7 @@ def reproduce(
                 arguments.instance(one, "a record", Record, "read them with records.read_records(path)")
     arguments.flag(overwrite, "overwrite")
     arguments.flag(verbose, "verbose")
+    check_device(device)
     arguments.instance(command, "command", str, "give it as it was typed")
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two models are named {twice[0]!r}: their figures would share a folder.")
@@ -193,7 +194,7 @@ def reproduce(
             save_library(folder / LIBRARY)
         for name, model in zip(names, models, strict=True):
             try:
-                failed += _one_model(model, name, plan, folder, wanted, formats, overwrite, verbose)
+                failed += _one_model(model, name, plan, folder, wanted, formats, overwrite, device, verbose)
             except (SinkCircuitsError, MemoryError) as error:
                 if len(names) == 1 or isinstance(error, ResultError):
                     raise
@@ -265,7 +266,8 @@ def _forget(folder: Path, figures: Sequence[StudyFigure]) -> None:
 
 
 def _one_model(
-    source, name: str, plan: Plan, top: Path, figures: Sequence[StudyFigure], formats: Sequence[str], overwrite: bool, verbose: bool
+    source, name: str, plan: Plan, top: Path, figures: Sequence[StudyFigure], formats: Sequence[str], overwrite: bool,
+    device: str | None, verbose: bool,
 ) -> list[Made]:  # fmt: skip
     """Makes what is missing of one model's figures; returns those that failed."""
     folder = top / name
@@ -274,7 +276,7 @@ def _one_model(
     wanted = [figure for figure in figures if not found_before or not is_complete(folder, figure.name, formats)]
     if found_before and not wanted:
         return []
-    model = load_model(source, verbose=verbose)
+    model = load_model(source, device=device, verbose=verbose)
     prompts = plan.prompts
     prompts.tokens(
         model, max_tokens=plan.max_tokens, chat=plan.chat
