@@ -44,7 +44,7 @@ TESTS = {
     "interventions": ("test_interventions",),
     "clean_runs": ("test_runs", "test_caches", "test_scores", "test_mass"),
     "edited_runs": ("test_runs", "test_losses", "test_scores", "test_mass"),
-    "statistics": ("test_statistics",),
+    "statistics": ("test_statistics", "test_intervals", "test_error_rates"),
 }
 """Of each module the test files that must notice; slow tests are left out, as in `make test`."""
 PRELOAD = (

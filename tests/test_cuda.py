@@ -12,8 +12,8 @@ import torch
 import xarray as xr
 from anatomies import repeated_tokens
 from common import BACKENDS, lens, prompt, subject
+from planted_sweep import study
 from test_generation import PROMPTS, words
-from test_sweeps import study
 
 import sink_circuits as sc
 from sink_circuits import anatomy
@@ -25,7 +25,8 @@ DEVICE = "cuda"
 QUIET = {"verbose": False}
 TEXTS = sc.Tokens((prompt(), prompt((30, 55), 96, "b")), ("a", "b"))
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
 
 
 @functools.cache

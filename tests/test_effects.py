@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import xarray as xr
 from common import lens, prompt
-from test_statistics import percentile_bootstrap
+from test_intervals import percentile_bootstrap
 from treated import OUTCOMES, TEXTS, secondary, secondary_of_one
 
 import sink_circuits as sc
