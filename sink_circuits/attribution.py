@@ -32,12 +32,12 @@ from sink_circuits import arguments
 from sink_circuits.adapters import Adapter, adapt
 from sink_circuits.detection import Sinks
 from sink_circuits.effects import Effect
-from sink_circuits.errors import InputError, ModelError, ResultError
+from sink_circuits.errors import InputError, ModelError
 from sink_circuits.experiments import layer_map
 from sink_circuits.gradients import GRAPH_BYTES, MEANS, Subject, check_memory, neuron_hook
 from sink_circuits.measurement import check_handed_on, check_options
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 
 METHODS = ("gradient", "integrated_gradients")
 OUTCOMES = {
@@ -240,16 +240,12 @@ class Attribution:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": "attribution", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(path, "attribution", self.data, self.table, self.manifest, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Attribution:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "attribution":
-            raise ResultError(f"{path} is not an attribution: check the path.")
-        return Attribution(data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
+        return Attribution(*read_result(path, "attribution", "an attribution")[:3])
 
     def __repr__(self) -> str:
         settings = self.manifest.settings

@@ -35,13 +35,13 @@ from sink_circuits.controls import Intervention, with_controls
 from sink_circuits.detection import Sinks, find_sinks, primary_direction
 from sink_circuits.edits import Edit
 from sink_circuits.effects import Effect
-from sink_circuits.errors import InputError, ResultError
+from sink_circuits.errors import InputError
 from sink_circuits.experiments import FACTORS, check_layers, dose_response, layer_map
 from sink_circuits.interventions import keep_direction, remove_direction, set_norm, swap_direction, zero
 from sink_circuits.matching import match_positions
 from sink_circuits.measurement import measure
 from sink_circuits.prompts import Tokens, as_tokens
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 from sink_circuits.studies import KINDS
 from sink_circuits.transplants import stand_ins, sufficiency
 
@@ -149,24 +149,19 @@ class Claims:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {
-            "kind": "claims", "verdicts": self.verdicts.to_dict(orient="list"), "table": self.table.to_dict(orient="list"),
-            "forming_layer": self.forming_layer, "forming_set": list(self.forming_set), "sinks": self.sinks.to_dict(orient="list"),
-            "controls": self.controls.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
-        }  # fmt: skip
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(
+            path, "claims", self.data, self.table, self.manifest, overwrite=overwrite, verdicts=self.verdicts, sinks=self.sinks,
+            controls=self.controls, forming_layer=self.forming_layer, forming_set=list(self.forming_set),
+        )  # fmt: skip
 
     @staticmethod
     def load(path: str | Path) -> Claims:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "claims":
-            raise ResultError(f"{path} holds no claims: check the path.")
-        frames = {name: pd.DataFrame(meta[name]) for name in ("verdicts", "table", "sinks", "controls")}
+        data, table, manifest, meta = read_result(path, "claims", "a result of claims")
+        verdicts, sinks, controls = (pd.DataFrame(meta[name]) for name in ("verdicts", "sinks", "controls"))
         return Claims(
-            frames["verdicts"], frames["table"], meta["forming_layer"], tuple(meta["forming_set"]), data, frames["sinks"],
-            frames["controls"], Manifest.from_dict(meta["manifest"]),
-        )  # fmt: skip
+            verdicts, table, meta["forming_layer"], tuple(meta["forming_set"]), data, sinks, controls, manifest
+        )
 
     def __repr__(self) -> str:
         shown = self.table[

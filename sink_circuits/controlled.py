@@ -11,9 +11,9 @@ import xarray as xr
 
 from sink_circuits import arguments, statistics
 from sink_circuits.effects import Effect
-from sink_circuits.errors import InputError, ResultError
+from sink_circuits.errors import InputError
 from sink_circuits.outcomes import in_order
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,13 @@ class Controlled:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {
-            "kind": "controls", "table": self.table.to_dict(orient="list"), "matches": self.matches.to_dict(orient="list"),
-            "manifest": self.manifest.to_dict(),
-        }  # fmt: skip
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(path, "controls", self.data, self.table, self.manifest, overwrite=overwrite, matches=self.matches)
 
     @staticmethod
     def load(path: str | Path) -> Controlled:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "controls":
-            raise ResultError(f"{path} is not a result with controls: check the path.")
-        table, matches = pd.DataFrame(meta["table"]), pd.DataFrame(meta["matches"])
-        return Controlled(data, table, matches, Manifest.from_dict(meta["manifest"]))
+        data, table, manifest, meta = read_result(path, "controls", "a result with controls")
+        return Controlled(data, table, pd.DataFrame(meta["matches"]), manifest)
 
     def __repr__(self) -> str:
         table = self.compare().to_string(index=False, float_format=lambda x: f"{x:.3g}")

@@ -14,7 +14,7 @@ from sink_circuits import arguments, statistics
 from sink_circuits.arguments import shown
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.outcomes import CHECKS, in_order
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_dataset, write_result
 
 _AXES = ("sink", "edit", "layer", "head")
 
@@ -187,8 +187,7 @@ class Effect:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": self.kind, "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(path, self.kind, self.data, self.table, self.manifest, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> Effect:

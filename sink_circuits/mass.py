@@ -21,7 +21,6 @@ from sink_circuits.clean_runs import run_clean
 from sink_circuits.detection import Sinks
 from sink_circuits.edited_runs import first_edit, run_edited
 from sink_circuits.edits import Contribution
-from sink_circuits.errors import ResultError
 from sink_circuits.experiments import at_layers, prepare_removal
 from sink_circuits.groups import KeyGroups
 from sink_circuits.measurement import (
@@ -39,7 +38,7 @@ from sink_circuits.measurement import (
 )
 from sink_circuits.paths import OPTIONS
 from sink_circuits.prompts import as_tokens
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 from sink_circuits.scores import MIN_QUERIES
 
 GROUPS = ("treated", "primary", "other sinks", "before", "after", "self", "learned sink")
@@ -136,16 +135,12 @@ class MassAccount:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": "mass", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(path, "mass", self.data, self.table, self.manifest, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> MassAccount:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "mass":
-            raise ResultError(f"{path} is not a mass account: check the path.")
-        return MassAccount(data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
+        return MassAccount(*read_result(path, "mass", "a mass account")[:3])
 
     def __repr__(self) -> str:
         head = f"MassAccount({len(self.table)} sinks in {self.table['prompt'].nunique()} prompts)"

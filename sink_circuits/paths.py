@@ -35,12 +35,12 @@ from sink_circuits.clean_runs import CleanRun, run_clean
 from sink_circuits.detection import Sinks
 from sink_circuits.edited_runs import EditedRun, run_edited
 from sink_circuits.edits import Contribution, Edit
-from sink_circuits.errors import InputError, ResultError
+from sink_circuits.errors import InputError
 from sink_circuits.experiments import at_layers, check_found, prepare_removal
 from sink_circuits.holds import NORM_SCALE, Hold, norm_scale_hooks
 from sink_circuits.measurement import as_parts, check_handed_on, check_options, measure, rows_per_batch
 from sink_circuits.prompts import as_tokens
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 from sink_circuits.scores import MIN_QUERIES, column_log_odds, column_scores
 
 OWN_STREAM = (Hold("resid_post", positions="others"),)
@@ -185,20 +185,15 @@ class PathEffect:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {
-            "kind": "paths", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict(),
-            "norm_scales": self.norm_scales,
-        }  # fmt: skip
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(
+            path, "paths", self.data, self.table, self.manifest, overwrite=overwrite, norm_scales=self.norm_scales
+        )
 
     @staticmethod
     def load(path: str | Path) -> PathEffect:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "paths":
-            raise ResultError(f"{path} is not a result with paths: check the path.")
-        manifest = Manifest.from_dict(meta["manifest"])
-        return PathEffect(data, pd.DataFrame(meta["table"]), manifest, meta["norm_scales"])
+        data, table, manifest, meta = read_result(path, "paths", "a result with paths")
+        return PathEffect(data, table, manifest, meta["norm_scales"])
 
     def __repr__(self) -> str:
         head = f"PathEffect({len(self.table)} sinks in {self.table['prompt'].nunique()} prompts, norm scales {self.norm_scales})"

@@ -172,6 +172,28 @@ def write_dataset(path: str | Path, data: xr.Dataset, meta: Mapping, *, overwrit
     write_whole(path, lambda temporary: save_file(arrays, temporary, metadata=header), overwrite=overwrite)
 
 
+def write_result(
+    path: str | Path, kind: str, data: xr.Dataset, table: pd.DataFrame, manifest: Manifest, *, overwrite: bool = False, **more
+) -> None:  # fmt: skip
+    """A result with its table of sinks and manifest as one file. `more`: further tables, or what JSON holds, by name.
+
+    Raises ResultError when `path` exists or cannot be written.
+    """
+    fields = {
+        name: value.to_dict(orient="list") if isinstance(value, pd.DataFrame) else value
+        for name, value in {"table": table, **more}.items()
+    }
+    write_dataset(path, data, {"kind": kind, **fields, "manifest": manifest.to_dict()}, overwrite=overwrite)
+
+
+def read_result(path: str | Path, kind: str, noun: str) -> tuple[xr.Dataset, pd.DataFrame, Manifest, dict]:
+    """What `write_result` wrote: arrays, table, manifest, and all that the file says. Raises ResultError for anything but `noun`."""
+    data, meta = read_dataset(path)
+    if meta.get("kind") != kind:
+        raise ResultError(f"{path} is not {noun}: check the path.")
+    return data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]), meta
+
+
 SEAL = re.compile(r', "sha256": "([0-9a-f]{64})"}$')
 
 

@@ -12,9 +12,9 @@ import xarray as xr
 from jaxtyping import Float
 
 from sink_circuits.adapters import adapt
-from sink_circuits.errors import InputError, ResultError
+from sink_circuits.errors import InputError
 from sink_circuits.prompts import Tokens, as_tokens, token_texts
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_result, write_result
 from sink_circuits.scores import MIN_QUERIES, sink_scores
 
 
@@ -46,16 +46,12 @@ class TokenScores:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": "token_scores", "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(Path(path), self.data, meta, overwrite=overwrite)
+        write_result(path, "token_scores", self.data, self.table, self.manifest, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path) -> TokenScores:
         """Read what `save` wrote. Raises ResultError for any other file."""
-        data, meta = read_dataset(path)
-        if meta.get("kind") != "token_scores":
-            raise ResultError(f"{path} holds no scores of tokens: check the path.")
-        return TokenScores(data, pd.DataFrame(meta["table"]), Manifest.from_dict(meta["manifest"]))
+        return TokenScores(*read_result(path, "token_scores", "a result with scores of tokens")[:3])
 
 
 def token_scores(

@@ -400,6 +400,7 @@ def test_a_file_that_lacks_an_entry_says_which(tmp_path):
     """As a version might have written it that knew no controls."""
     file = tmp_path / "claims.safetensors"
     data = xr.Dataset({"value": (("sink",), np.zeros(2))}, coords={"sink": [0, 1]})
-    write_dataset(file, data, {"kind": "claims", "verdicts": {}, "table": {}, "sinks": {}})
+    manifest = Manifest("claims", "m", "w", "float32", "t", 1, "fast").to_dict()
+    write_dataset(file, data, {"kind": "claims", "verdicts": {}, "table": {}, "sinks": {}, "manifest": manifest})
     with pytest.raises(ResultError, match="lacks 'controls', which this version reads: make the result again"):
         sc.Claims.load(file)

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from sink_circuits.errors import ResultError
-from sink_circuits.results import Manifest, read_dataset, write_dataset
+from sink_circuits.results import Manifest, read_dataset, write_result
 
 SINK_COLUMNS = ("prompt", "pos", "token", "kind", "l_start", "l_end", "lifetime")
 Self = TypeVar("Self", bound="Anatomy")
@@ -44,8 +44,7 @@ class Anatomy:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """One safetensors file, whole or not at all. Raises ResultError when `path` exists or cannot be written."""
-        meta = {"kind": self.kind, "table": self.table.to_dict(orient="list"), "manifest": self.manifest.to_dict()}
-        write_dataset(path, self.data, meta, overwrite=overwrite)
+        write_result(path, self.kind, self.data, self.table, self.manifest, overwrite=overwrite)
 
     @classmethod
     def load(cls: type[Self], path: str | Path) -> Self:
