@@ -20,6 +20,7 @@ from sink_circuits.effects import Effect
 from sink_circuits.errors import InputError, ResultError
 from sink_circuits.report import page as page_module
 from sink_circuits.report import text as words
+from sink_circuits.report.again import in_python
 from sink_circuits.report.sections import anatomy_sections, causal_sections, lift_title
 
 NAMES = ["</script><img src=x onerror=alert(1)>", "b & <i>c</i>"]
@@ -47,6 +48,16 @@ def made():
     return SimpleNamespace(
         sinks=Sinks(table, sinks.prompts, sinks.manifest), effects=effects, texts=texts, scores=scores
     )
+
+
+@pytest.mark.parametrize(("device", "line"), [
+    ("cpu", "model = sc.load_model('planted')  # weights w"),
+    ("", "model = sc.load_model('planted')  # weights w"),  # of a version that noted none
+    ("NVIDIA H100", "model = sc.load_model('planted', device=\"cuda\")  # weights w, on a NVIDIA H100"),
+])  # fmt: skip
+def test_the_calls_that_make_it_again_say_where_it_was_made(made, device, line):
+    manifest = dataclasses.replace(made.sinks.manifest, model="planted", weights="w", device=device)
+    assert line in in_python(Sinks(made.sinks.table, made.sinks.prompts, manifest), made.effects).splitlines()
 
 
 def test_what_an_intervention_of_ones_own_did_is_not_called_a_rescaling(made):
