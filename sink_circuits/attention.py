@@ -376,7 +376,8 @@ def _flash(
                 weights, total, peak = join_chosen(scores, log_total, out=log_rest[:, :, :seen, here])
                 log_total = peak + total.log()
                 joined, share = weights.mT @ chosen_value[:, :, :seen], total.reciprocal_()[..., None]
-            torch.sub(scores, log_total[:, :, None], out=log_attention[:, :, :seen, here])
+            own_log = torch.sub(scores, log_total[:, :, None], out=log_attention[:, :, :seen, here])
+            own_log.clamp_(max=0)  # of scores in the thousands float32 rounds away more than is left
         log_attention[:, :, seen:, here] = -torch.inf
         if log_rest is not None:
             log_rest[:, :, seen:, here] = 0

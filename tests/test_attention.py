@@ -293,3 +293,19 @@ def test_more_queries_than_keys_are_refused():
     x = torch.zeros(1, 1, 5, 2)
     with pytest.raises(ValueError, match="5 queries cannot end at key 4"):
         streamed_attention(x, x[:, :, :4], x[:, :, :4], AttentionForm(1.0))
+
+
+@pytest.mark.parametrize("odds", [True, False])
+def test_no_weight_is_above_1_however_large_the_scores(odds):
+    """Scores in the thousands, of which float32 keeps three decimals: what is taken from them must not leave the range."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 64, 64, generator=generator) for _ in range(3))
+    direction = torch.randn(64, generator=generator)
+    query, key = 3 * query + 5 * direction, 0.1 * key
+    key[:, :, 0] = 3 * direction
+    with sizes(**FLASH):
+        _, kept = streamed_attention(
+            query, key, value, AttentionForm(1.0), chosen=torch.tensor([0, 5]), sums=False, odds=odds
+        )
+    assert (kept.log_attention <= 0).all()
+    assert (kept.log_attention[:, :, 1:, 0] > -1e-2).all()
