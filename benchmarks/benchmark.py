@@ -413,7 +413,7 @@ def growth_figure(rows: Sequence[Row]):
             line = go.Scatter(x=own[axis], y=own["seconds"], mode="lines+markers", name=f"{work}, {model}")
             figure.add_trace(line, row=1, col=column)
         figure.update_xaxes(type="log", title_text=text, row=1, col=column)
-        figure.update_yaxes(type="log", title_text="seconds", row=1, col=column)
+        figure.update_yaxes(type="log", title_text="seconds" if column == 1 else None, row=1, col=column)
     return figure.update_layout(title="Time of sink_circuits as the work grows", template="plotly_white", height=420)
 
 

@@ -85,8 +85,9 @@ class Adapter:
 
     @property
     def device_name(self) -> str:
-        """What the model is on: "cpu", or the name of the GPU."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        """What the model is on: "cpu", or "cuda" with the name of the GPU behind it, "cuda: NVIDIA H100"."""
+        kind = self.device.type
+        return f"{kind}: {torch.cuda.get_device_name(self.device)}" if kind == "cuda" else kind
 
     @property
     def tokenizer(self):

@@ -30,7 +30,7 @@ BLOCK_FLOATS = 1 << 21
 """Floats that one block may hold (8 MiB) where texts are so long that fewer queries must do."""
 
 GPU_BLOCK_FLOATS = 1 << 26
-"""The same on a GPU (256 MiB): a block there is as large as memory lets it be."""
+"""The same on a GPU (256 MiB), where larger blocks are fewer kernels."""
 
 SLAB_FLOATS = 1 << 19
 """Floats up to which a block takes in further key heads (2 MiB): more would leave the core's cache. A GPU's blocks have

@@ -33,7 +33,7 @@ class Manifest:
     `weights`: hash of the parameters as they were used. `revision`: what they were loaded from, a Hugging Face commit
     (40 hex digits) or the SHA-256 of a GGUF file (64), empty where that is not known. `seed`: "names", for every draw is
     seeded by the hash of names that stand in the result (`statistics.seed_of`), never by a global state. `device`: "cpu",
-    or the name of the GPU. Files of versions that did not note these load with them empty.
+    or "cuda: " and the name of the GPU. Files of versions that did not note these load with them empty.
     """
 
     what: str

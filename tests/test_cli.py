@@ -343,15 +343,8 @@ def refused(arguments, sentence, capsys):
         (["detect", "--method", "official", "--norm-ratio", "3"], "threshold norm_ratio = 3.0 does not belong"),
         (["detect", "--method", "official", "--bridge", "0"], "threshold bridge = 0 does not belong"),
         *(
-            (command, r"device 'warp' cannot be used .*use device='cpu'")
-            for command in (
-                ["check", "--device", "warp"],
-                ["detect", "--device", "warp"],
-                ["map", "--device", "warp"],
-                ["claims", "--device", "warp"],
-                ["demo", "--device", "warp"],
-                ["reproduce", "--device", "warp"],
-            )
+            ([name, "--device", "warp"], r"device 'warp' cannot be used .*use device='cpu'")
+            for name in ("check", "detect", "map", "claims", "demo", "reproduce")
         ),
         (["sweep", "no-study.toml"], r"study no-study\.toml cannot be read"),
         (["sweep", "no-study.toml", "--workers", "-1"], "workers -1: at least 0"),

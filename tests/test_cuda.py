@@ -11,7 +11,7 @@ import test_architectures as architectures
 import torch
 import xarray as xr
 from anatomies import repeated_tokens
-from common import BACKENDS, lens, prompt, subject
+from common import BACKENDS, lens, prompt, sizes, subject
 from planted_sweep import study
 from test_generation import PROMPTS, words
 
@@ -147,16 +147,17 @@ def test_streamed_attention_is_that_of_the_cpu(dtype, window, softcap, learned, 
 
 
 def test_a_long_text_is_that_of_the_cpu():
-    """Longer than one block of queries, beyond the flash kernel's bound: what a CPU cuts otherwise than a GPU."""
+    """Several blocks of queries on both, beyond the flash kernel's bound on the CPU."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, heads, 3000, 16, generator=generator) for heads in (6, 2, 2))
     for sums in (True, False):
-        outs = [
-            streamed_attention(
-                *(x.to(device) for x in (query, key, value)), AttentionForm(0.25), chosen=torch.tensor([2, 1500]), sums=sums
-            )
-            for device in (DEVICE, "cpu")
-        ]  # fmt: skip
+        with sizes(GPU_BLOCK_FLOATS=1 << 20):
+            outs = [
+                streamed_attention(
+                    *(x.to(device) for x in (query, key, value)), AttentionForm(0.25), chosen=torch.tensor([2, 1500]), sums=sums
+                )
+                for device in (DEVICE, "cpu")
+            ]  # fmt: skip
         torch.testing.assert_close(outs[0][0].cpu(), outs[1][0], atol=1e-5, rtol=1e-4)
         for name in ("later", "diagonal", "log_attention", "log_rest"):
             own, whole = (getattr(out[1], name) for out in outs)

@@ -166,6 +166,20 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         generate(model, PROMPTS, tmp_path, decoding=Decoding(2), **QUIET)
 
 
+def test_answers_of_another_device_are_not_gone_on_with(tmp_path):
+    """Each device draws in its own way; a file whose version noted none is gone on with."""
+    model, path = load("llama"), tmp_path / "answers.jsonl"
+    generate(model, PROMPTS, path, decoding=Decoding(2), **QUIET)
+    beside = generation.manifest_path(path)
+    made = json.loads(beside.read_text())
+    assert made["device"] == "cpu"
+    beside.write_text(json.dumps(made | {"device": "cuda: NVIDIA H100"}))
+    with pytest.raises(ResultError, match="was made with device cuda: NVIDIA H100, not cpu"):
+        generate(model, PROMPTS, path, decoding=Decoding(2), **QUIET)
+    beside.write_text(json.dumps(made | {"device": ""}))
+    assert list(generate(model, PROMPTS, path, decoding=Decoding(2), **QUIET)) == list(load_prompts(path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -53,7 +53,8 @@ def made():
 @pytest.mark.parametrize(("device", "line"), [
     ("cpu", "model = sc.load_model('planted')  # weights w"),
     ("", "model = sc.load_model('planted')  # weights w"),  # of a version that noted none
-    ("NVIDIA H100", "model = sc.load_model('planted', device=\"cuda\")  # weights w, on a NVIDIA H100"),
+    ("cuda: NVIDIA H100", "model = sc.load_model('planted', device='cuda')  # weights w, on NVIDIA H100"),
+    ("mps", "model = sc.load_model('planted', device='mps')  # weights w"),
 ])  # fmt: skip
 def test_the_calls_that_make_it_again_say_where_it_was_made(made, device, line):
     manifest = dataclasses.replace(made.sinks.manifest, model="planted", weights="w", device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from planted_sweep import ROOT, ids_of, place
@@ -100,6 +101,15 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(changed, message):
     assert "\n" not in str(refused.value)
 
 
+def refused(path: Path, text: str | None, read, message: str) -> None:
+    """A file of this text, or none where it is None."""
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -111,11 +121,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(changed, message):
     ],
 )
 def test_a_study_file_that_cannot_be_is_refused(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "study.toml").write_text(text)
-    with pytest.raises(InputError) as refused:
-        read_study(tmp_path / "study.toml")
-    assert message in str(refused.value)
+    refused(tmp_path / "study.toml", text, read_study, message)
 
 
 def test_prompts_of_a_study():
@@ -154,8 +160,4 @@ def test_generations_are_swept_with_their_answers(tmp_path):
     ],
 )
 def test_a_token_file_that_cannot_be_is_refused(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "ids.jsonl").write_text(text)
-    with pytest.raises(InputError) as refused:
-        read_token_file(tmp_path / "ids.jsonl")
-    assert message in str(refused.value)
+    refused(tmp_path / "ids.jsonl", text, read_token_file, message)

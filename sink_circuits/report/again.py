@@ -34,12 +34,13 @@ def in_python(sinks, results: Sequence) -> str:
     Interventions of a user's own are named, not defined: their functions stand in no manifest.
     """
     manifest, settings = sinks.manifest, sinks.manifest.settings
-    on_gpu = manifest.device not in ("", "cpu")
-    device, chip = (', device="cuda"', f", on a {manifest.device}") if on_gpu else ("", "")
+    kind, _, chip = manifest.device.partition(": ")
+    device = "" if kind in ("", "cpu") else f", device={kind!r}"
     lines = [
         "import sink_circuits as sc",
         "",
-        f"model = sc.load_model({manifest.model!r}{device})  # weights {manifest.weights}{chip}",
+        f"model = sc.load_model({manifest.model!r}{device})  # weights {manifest.weights}"
+        + (f", on {chip}" if chip else ""),
     ]
     lines.append(
         f"tokens = {_prompts(sinks.prompts)}.tokens(model)"
