@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binom, binomtest
 
 from sink_circuits import calibration, planted, statistics
 from sink_circuits.calibration import (
@@ -163,7 +166,18 @@ def test_statistics_that_say_nothing_are_not_taken_for_careful_ones(monkeypatch)
     monkeypatch.setattr(statistics, "bootstrap_over_prompts", lambda *_, **__: endless)
     answers = {a.instrument: a for a in judge_population(subject())}
     assert answers["power: trend"].right == answers["interval width"].right == 0
-    assert answers["interval, 10 prompts"].right == answers["interval, 10 prompts"].of
+    (ten,) = (a for a in answers.values() if a.instrument.startswith("interval, 10 prompts"))
+    assert ten.right == ten.of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("far", [False, True])
+def test_intervals_are_held_to_their_rate_where_the_population_is_not_skewed(monkeypatch, far):
+    """Sixteen plain effects, one of them far from the others: skewness 3.6, by hand; half near, half far: none."""
+    population = np.array([-1.0] * 15 + [-9.0] if far else [-1.0, -9.0] * 8)
+    monkeypatch.setattr(calibration.populations, "plain_effects", lambda *_: population)
+    asked = {a.instrument for a in judge_population(subject()) if a.instrument.startswith("interval, ")}
+    assert asked == {f"interval, {n} prompts" + (", skewed" if far else "") for n in SAMPLE_SIZES}
 
 
 @pytest.mark.parametrize("test", ["sign_flip_test", "trend_test"])
@@ -235,6 +249,32 @@ def test_wilson_interval_and_counts():
     assert line["high"] == pytest.approx(centre + half, rel=1e-5)
 
 
+def test_p_is_binomial_and_adjusted_for_all_lines_with_a_nominal_rate():
+    """By hand from scipy's binomial distribution, and Holm's (1979) rule for two lines."""
+    frame = table(("a", 3, 3), ("b", 90, 100), ("c", 10, 100)).to_dataframe().set_index(["instrument", "variant"])
+    p = {"b": binom.cdf(90, 100, 0.95), "c": binom.sf(9, 100, 0.05)}
+    assert p["b"] == pytest.approx(p["c"]) == pytest.approx(0.0282, abs=1e-4)  # 90 right are 10 wrong
+    for variant in ("llama", "all"):
+        assert math.isnan(frame.loc[("a", variant), "p"])
+        for instrument in "bc":
+            assert frame.loc[(instrument, variant), "p"] == pytest.approx(2 * p["b"])
+            assert frame.loc[(instrument, variant), "verdict"] == "holds"  # alone it would not
+    assert not table(("b", 90, 100)).holds and table(("b", 90, 100), ("c", 10, 100)).holds
+
+
+@pytest.mark.parametrize("of", [1, 8])
+def test_answers_about_one_plant_that_go_together_count_for_less(of):
+    """92 of 100 plants right in everything, 8 wrong in everything: as many independent answers as plants."""
+    answers = [of] * 92 + [0] * 8
+    plants = tuple(Judged(f"0/{i}", "llama", (Answer("b", right, of),), (0.1, 1.0)) for i, right in enumerate(answers))
+    line = Calibration(plants, ROWS).to_dataframe().iloc[-1]
+    assert (line["n"], line["right"], line["rate"]) == (100 * of, 92 * of, 0.92)
+    wilson = binomtest(92, 100).proportion_ci(0.95, method="wilson")
+    assert (line["low"], line["high"]) == pytest.approx((wilson.low, wilson.high), rel=5e-3)
+    assert line["p"] == pytest.approx(binom.cdf(92, 100, 0.95), rel=0.05)
+    assert line["verdict"] == "holds"
+
+
 def test_misses_name_the_plant_and_say_why():
     missed = table(("a", 1, 2), ("b", 0, 10)).misses()
     assert missed.to_dict("records") == [
@@ -294,8 +334,8 @@ def test_every_instrument_on_34_plants(variant):
     result = calibrate(34, "slow", n_null=0, variants=(variant,), verbose=False)
     assert result.misses().empty, result.misses().to_string()
     frame = result.to_dataframe().set_index("instrument")
-    for n in SAMPLE_SIZES:  # percentile intervals of so few prompts are known to be too short
-        assert frame.loc[f"interval, {n} prompts", "rate"].max() > 0.85
+    lines = [f"interval, {n} prompts{which}" for n in SAMPLE_SIZES for which in ("", ", skewed")]
+    assert frame.loc[lines, "verdict"].eq("holds").all(), frame.loc[lines].to_string()
 
 
 @pytest.mark.long
@@ -303,8 +343,8 @@ def test_every_instrument_on_34_plants(variant):
 def test_nothing_is_found_in_200_null_plants():
     result = calibrate(1, "slow", n_null=200, judges=(), verbose=False)
     frame = result.to_dataframe()
-    frame = frame[(frame["variant"] == "all") & ~frame["instrument"].str.contains("interval")]
-    assert len(frame) == 11  # detection, three tests at three levels, no errors
+    frame = frame[frame["variant"] == "all"]
+    assert len(frame) == 12  # detection, three tests at three levels, their interval, no errors
     assert frame["verdict"].isin(("holds", "as planted")).all(), frame.to_string()
 
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import xarray as xr
 from common import lens, prompt
-from test_intervals import percentile_bootstrap
+from test_intervals import expected_interval
 from treated import OUTCOMES, TEXTS, secondary, secondary_of_one
 
 import sink_circuits as sc
@@ -75,7 +75,7 @@ def test_summary_is_a_bootstrap_over_prompts():
             values = np.array([lifetime_mean(effect, outcome, sink, edit) for sink in range(20)])
             means = values.reshape(10, 2).mean(1)
             row = summary.loc[outcome, edit]
-            low, high = percentile_bootstrap(means, 0.9)
+            low, high = expected_interval(means, 0.9)
             error = 5 * means.std() / np.sqrt(10) * np.sqrt(0.25 / 4999) / 0.1
             assert row.effect == pytest.approx(means.mean())
             assert abs(row.low - low) < error
@@ -233,7 +233,7 @@ def test_interaction_over_prompts_has_a_bootstrap_interval():
         ]
     )
     means = differences.reshape(10, 2).mean(1)
-    low, high = percentile_bootstrap(means, 0.9)
+    low, high = expected_interval(means, 0.9)
     error = 5 * means.std() / np.sqrt(10) * np.sqrt(0.25 / 4999) / 0.1
     assert row.interaction == pytest.approx(means.mean())
     assert row.together - row.separate == pytest.approx(row.interaction)

@@ -19,6 +19,9 @@ N_POOL, N_POWER, N_NULL = 16, 8, 10
 """Prompts of the population that intervals are to cover; those with controls; those of a null test."""
 SAMPLES, SAMPLE_SIZES = 8, (10, 20)
 """Samples drawn from one population, of each size."""
+SKEWED, SKEWED_LEVEL = 1.0, 0.85
+"""The skewness of a population above which few prompts are known to say too little, and how often intervals must cover its mean
+all the same. Its few large effects are missing from many a sample: nothing in such a sample tells of them."""
 WIDTHS = (0.5, 2.0)
 """Of an interval, in widths of Student's: one that is far wider covers everything and says nothing."""
 DOSES = (0.0, 0.5, 1.0)
@@ -28,6 +31,10 @@ NULL_FACTORS = (0.0, 1.0, 2.0)
 ROWS = (
     Row("effects", "equal to those of a plain Hugging Face forward pass with a hook"),
     *(Row(f"interval, {n} prompts", "covers the population's mean effect", LEVEL, "at least") for n in SAMPLE_SIZES),
+    *(
+        Row(f"interval, {n} prompts, skewed", f"the same, skewness above {SKEWED:g}", SKEWED_LEVEL, "at least")
+        for n in SAMPLE_SIZES
+    ),
     Row("interval width", "between {:g} and {:g} widths of Student's interval".format(*WIDTHS)),
     *(
         Row(f"power: {test}", f"{asks}, {N_POWER} prompts: p <= 0.05")
@@ -76,6 +83,7 @@ def judge_population(subject: Subject) -> list[Answer]:
     )
     errors = np.abs(effects[:N_POOL] - plain)
     answers = [Answer("effects", int((errors < PLAIN_TOLERANCE).sum()), N_POOL, f"largest error {errors.max():.2g}")]
+    skewed = ", skewed" if abs(_skewness(plain)) > SKEWED else ""
     for n in SAMPLE_SIZES:
         covered, widths = 0, []
         for sample in range(SAMPLES):
@@ -85,7 +93,7 @@ def judge_population(subject: Subject) -> list[Answer]:
             )
             covered += interval.low <= plain.mean() <= interval.high
             widths.append((interval.high - interval.low) / _students_width(drawn))
-        answers.append(Answer(f"interval, {n} prompts", covered, SAMPLES))
+        answers.append(Answer(f"interval, {n} prompts{skewed}", covered, SAMPLES))
         within = sum(WIDTHS[0] <= width <= WIDTHS[1] for width in widths)
         answers.append(Answer("interval width", within, SAMPLES, f"{min(widths):.2g} to {max(widths):.2g} Student's"))
     own, control = effects[:N_POWER], effects[N_POOL:]
@@ -97,6 +105,12 @@ def judge_population(subject: Subject) -> list[Answer]:
         "trend": statistics.trend_test(DOSES, doses, name=subject.name).p,
     }
     return [*answers, *(answer(f"power: {test}", value <= 0.05, f"p = {value:.3g}") for test, value in p.items())]
+
+
+def _skewness(population: Float[np.ndarray, " prompt"]) -> float:
+    from scipy.stats import skew
+
+    return float(skew(population))
 
 
 def _students_width(values: Float[np.ndarray, " prompt"]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sink_circuits import arguments, planted
+from sink_circuits import arguments, planted, statistics
 from sink_circuits.calibration import causes, finding, populations
 from sink_circuits.calibration.subjects import LEVEL, Answer, Judge, Judged, Row, answer, subject_of
 from sink_circuits.errors import InputError, SinkCircuitsError
@@ -32,6 +32,9 @@ NULL_JUDGES: tuple[Judge, ...] = tuple(judge for room in ROOMS for judge in room
 """Judges of models without a circuit."""
 
 
+_COLUMNS = ("instrument", "variant", "n_plants", "n", "right", "rate", "nominal", "low", "high", "p", "verdict")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What `calibrate` returns: all answers about all plants. `plants`: one `Judged` per plant, null ones included."""
@@ -43,8 +46,10 @@ class Calibration:
         """One row per instrument and variant, and one for "all" variants.
 
         Columns: instrument, variant, n_plants, n (answers), right, rate, nominal, low, high (Wilson's interval of the rate,
-        95 %), verdict. Verdict: "as planted" where all are right; for a nominal rate "holds" unless the interval leaves
-        it out on the wrong side ("too low", "too often"); "misses" otherwise.
+        95 %), p, verdict. `p`, of lines with a nominal rate: how often a rate so far on the wrong side comes about were the true
+        one nominal (binomial, one-sided), adjusted for all such lines of the variant (`statistics.holm`). Several answers
+        about one plant are no independent ones: interval and p take as many for one as `_design_effect` says. Verdict: "as
+        planted" where all are right and "misses" otherwise; for a nominal rate "holds", or with p <= 0.05 "too low", "too often".
         """
         frame = self._answers()
         lines = []
@@ -53,7 +58,10 @@ class Calibration:
             for variant in [*sorted(own["variant"].unique()), "all"] if len(own) else []:
                 part = own if variant == "all" else own[own["variant"] == variant]
                 lines.append(_line(row, variant, part))
-        return pd.DataFrame(lines)
+        table = pd.DataFrame(lines, columns=[*_COLUMNS, "rule"])
+        table["p"] = table.groupby("variant")["p"].transform(lambda p: statistics.holm(p))
+        table["verdict"] = [_verdict(*line) for line in table[["rule", "right", "n", "p"]].itertuples(index=False)]
+        return table[list(_COLUMNS)]
 
     def misses(self) -> pd.DataFrame:
         """One row per plant and instrument that should always be right and was not: plant, variant, instrument, right,
@@ -87,20 +95,52 @@ class Calibration:
 
 
 def _line(row: Row, variant: str, part: pd.DataFrame) -> dict:
-    from scipy.stats import binomtest
-
     right, n = int(part["right"].sum()), int(part["of"].sum())
-    interval = binomtest(right, n).proportion_ci(LEVEL, method="wilson") if n else None
-    low, high = (interval.low, interval.high) if n else (np.nan, np.nan)
-    verdict = {
-        "all": "as planted" if right == n else "misses",
-        "at least": "too low" if high < row.nominal else "holds",
-        "at most": "too often" if low > row.nominal else "holds",
-    }[row.rule]
+    effect = _design_effect(part)
+    low, high = _wilson(right / effect, n / effect) if n else (np.nan, np.nan)
+    p = _wrong_side(row, right / effect, n / effect) if n and row.rule != "all" else np.nan
     return {
         "instrument": row.instrument, "variant": variant, "n_plants": part["plant"].nunique(), "n": n, "right": right,
-        "rate": right / n if n else np.nan, "nominal": row.nominal, "low": low, "high": high, "verdict": verdict if n else "not asked",
+        "rate": right / n if n else np.nan, "nominal": row.nominal, "low": low, "high": high, "p": p, "rule": row.rule,
     }  # fmt: skip
+
+
+def _verdict(rule: str, right: int, n: int, p: float) -> str:
+    if not n:
+        return "not asked"
+    if rule == "all":
+        return "as planted" if right == n else "misses"
+    return "holds" if p > 1 - LEVEL else {"at least": "too low", "at most": "too often"}[rule]
+
+
+def _design_effect(part: pd.DataFrame) -> float:
+    """How many dependent answers say as much as one: variance of the rate over plants, over that of independent answers; at
+    least 1 (Rao & Scott, Biometrics 48, 1992)."""
+    counts = part.groupby("plant")[["right", "of"]].sum()
+    n, m, rate = counts["of"].sum(), len(counts), counts["right"].sum() / max(1, counts["of"].sum())
+    if m < 2 or not 0 < rate < 1:
+        return 1.0
+    over_plants = m / (m - 1) * ((counts["right"] - rate * counts["of"]) ** 2).sum() / n**2
+    return max(1.0, float(over_plants / (rate * (1 - rate) / n)))
+
+
+def _wilson(right: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a rate, also for the fractions of a count that a design effect leaves."""
+    from scipy.stats import norm
+
+    z, rate = norm.ppf((1 + LEVEL) / 2), right / n
+    centre, half = rate + z**2 / (2 * n), z * (rate * (1 - rate) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
+
+
+def _wrong_side(row: Row, right: float, n: float) -> float:
+    """P(at most `right`) or, of a rate that is to be small, P(at least `right`), of a binomial with the nominal rate: by the beta
+    distribution, for fractions too."""
+    from scipy.stats import beta
+
+    if row.rule == "at least":
+        return float(beta.cdf(1 - row.nominal, n - right, right + 1)) if right < n else 1.0
+    return float(beta.cdf(row.nominal, right, n - right + 1)) if right else 1.0
 
 
 def calibrate(

@@ -13,8 +13,8 @@ import numpy as np
 from sink_circuits.errors import InputError
 
 MIN_PROMPTS = 6
-"""Prompts needed to name a direction: n prompts of one sign come about by chance with 2 / 2^n, below 5% from 6 on, and
-the bootstrap interval of fewer excludes 0 as soon as their signs agree."""
+"""Prompts needed to name a direction: n prompts of one sign come about by chance with 2 / 2^n, below 5% from 6 on: no
+test over fewer decides a direction, whatever their interval."""
 
 
 def question(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
@@ -218,7 +218,7 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
             f"Intervals are over prompts, {n} here: they say how the result would vary over prompts like these, not "
             "over models, kinds of text or "
             "languages."
-            + (" With so few prompts a bootstrap interval is rough, and tends to be too narrow." if n < 10 else "")
+            + (" Intervals of so few prompts are rough, those of skewed effects a little too narrow." if n < 10 else "")
         )
         told = (
             "Only the section on paths tells the two apart."
