@@ -310,11 +310,29 @@ def test_limits_follow_from_what_was_done(made):
     text = " ".join(words.limits(made.sinks, made.effects))
     assert "stand in for each other" in text
     assert "over prompts, 2 here" in text
-    assert "rough" in text
+    assert "no more than their range" in text
     assert "no second confirmation" not in text
     joint = " ".join(words.limits(made.sinks, made.effects[2:]))
     assert "stand in for each other" not in joint
     assert "picked from the map" not in joint
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [(1, "One has none"), (2, "are too narrow"), (5, "are too narrow"), (6, "skewed"), (9, "skewed"), (10, "")],
+)
+def test_what_few_prompts_do_to_an_interval_is_a_limit(made, n, said):
+    (effect,) = made.effects[:1]
+    prompts = [f"prompt {index % n}" for index in range(20)]
+    more = Effect(
+        effect.kind,
+        effect.data.isel(sink=[0] * 20),
+        effect.table.iloc[[0] * 20].assign(prompt=prompts).reset_index(drop=True),
+        effect.manifest,
+    )
+    (line,) = [line for line in words.limits(made.sinks, [more]) if line.startswith("Intervals are over prompts")]
+    assert f"over prompts, {n} here" in line
+    assert said in line.partition("languages.")[2] if said else line.endswith("languages.")
 
 
 def with_settings(effect, **changed):

@@ -185,6 +185,15 @@ def basis(row) -> str:
     return f"95% interval over {n} prompts{few}"
 
 
+def _few(n: int) -> str:
+    """What so few prompts do to an interval; measured in docs/statistics.md."""
+    if n < 2:
+        return " One has none."
+    if n < MIN_PROMPTS:
+        return " Intervals over so few are too narrow (two or three prompts: no more than their range)."
+    return " Those of skewed effects are a little too narrow with so few." if n < 10 else ""
+
+
 def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
     """What the results do not show, by what was and was not done. `others`: kinds of results beside the effects."""
     lines = []
@@ -217,8 +226,7 @@ def limits(sinks, effects: Sequence, others: Collection[str] = ()) -> list[str]:
         lines.append(
             f"Intervals are over prompts, {n} here: they say how the result would vary over prompts like these, not "
             "over models, kinds of text or "
-            "languages."
-            + (" Intervals of so few prompts are rough, those of skewed effects a little too narrow." if n < 10 else "")
+            "languages." + _few(n)
         )
         told = (
             "Only the section on paths tells the two apart."
