@@ -32,6 +32,11 @@ def test_the_unit_is_the_prompt():
     assert (estimate.low, estimate.high) == (1.0, 3.0)
 
 
+def test_prompts_stay_in_their_order():
+    """What is drawn goes by it: the same prompts in another order are other draws."""
+    assert prompt_means([1.0, 2.0, 5.0], ["b", "a", "b"]).tolist() == [3.0, 2.0]
+
+
 def test_nan_is_left_out_never_counted_as_zero():
     values, prompts = [1.0, math.nan, math.nan, 5.0], ["a", "a", "b", "c"]
     assert prompt_means(values, prompts).tolist() == [1.0, 5.0]

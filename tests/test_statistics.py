@@ -341,6 +341,8 @@ def test_every_prompt_is_as_likely_on_either_side():
         (lambda: holm(["small"]), "p-values = .*: give numbers"),
         (lambda: discovery_confirmation_split(["a", "b"], "x", share="half"), "share 'half' is out of range"),
         (lambda: trend_test(["low", "mid", "high"], [[1.0, 2.0, 3.0]]), "doses = .*: give numbers"),
+        (lambda: max_t([[1.0]], name=3), "name = 3: give a text"),
+        (lambda: bootstrap_over_prompts([1.0], ["a"], name=3), "name = 3: give a text"),
         (lambda: max_t([1.0, 2.0]), "values have 1 dimensions: give two, prompts and cells"),
         (lambda: prompt_table([[1.0]], ["a", "b"]), "2 prompts for 1 rows of values"),
         (lambda: bootstrap_columns([[1.0, 2.0]], ["a"], name=["x"]), "1 names for 2 columns"),
