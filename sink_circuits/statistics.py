@@ -207,7 +207,8 @@ def _accelerated(means: np.ndarray, resampled: np.ndarray, tail: float) -> Float
     below = ((around < -_TIE).sum() + (around <= _TIE).sum()) / (2 * len(around))
     bias = scipy.special.ndtri(np.clip(below, 1 / len(around), 1 - 1 / len(around)))
     acceleration = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
-    beyond = bias + np.array([1, -1]) * scipy.special.ndtri(tail)
+    # Further out than 5 lies no resample; a tail of 0, of few prompts, would be infinitely far.
+    beyond = bias + np.array([-1, 1]) * min(-scipy.special.ndtri(tail), 5.0)
     return scipy.special.ndtr(bias + beyond / (1 - acceleration * beyond))
 
 
