@@ -16,7 +16,6 @@ from sink_circuits.statistics import (
     bootstrap_columns,
     bootstrap_over_prompts,
     difference_to_controls,
-    expanded_tail,
     prompt_means,
     prompt_table,
     seed_of,
@@ -59,19 +58,21 @@ def test_equal_prompts_have_an_interval_of_width_zero():
 
 
 def expected_interval(means: np.ndarray, confidence: float, n: int = 40000) -> tuple[float, float]:
-    """scipy's percentile and BCa intervals of the share of resamples that Hesterberg (2015) says, each end the further out."""
-    t = scipy.stats.t(df=len(means) - 1).isf((1 - confidence) / 2)
-    tail = 0.5 * math.erfc(t * math.sqrt(len(means) / (len(means) - 1)) / math.sqrt(2))
-    options = {"confidence_level": 1 - 2 * tail, "n_resamples": n, seed_argument(): np.random.default_rng(1)}
-    both = [
-        scipy.stats.bootstrap((means,), np.mean, method=method, **options).confidence_interval
-        for method in ("percentile", "BCa")
-    ]
-    return min(one.low for one in both), max(one.high for one in both)
+    """Each end the further out of scipy's percentile and BCa intervals."""
+    low, high = zip(
+        *(scipys_interval(means, method, confidence, n, seed=1) for method in ("percentile", "BCa")), strict=True
+    )
+    return min(low), max(high)
 
 
-def seed_argument() -> str:
-    return "rng" if scipy.__version__ >= "1.15" else "random_state"
+def scipys_interval(samples: np.ndarray, method: str, confidence: float = 0.95, n_resamples: int = 999, seed: int = 0):
+    """Of one sample or of every row, expanded: leaving out the share of resamples that Hesterberg (2015) says."""
+    n = samples.shape[-1]
+    t = scipy.stats.t(df=n - 1).isf((1 - confidence) / 2)
+    tail = 0.5 * math.erfc(t * math.sqrt(n / (n - 1)) / math.sqrt(2))
+    rng = {"rng" if scipy.__version__ >= "1.15" else "random_state": np.random.default_rng(seed)}
+    options = {"axis": -1, "method": method, "confidence_level": 1 - 2 * tail, "n_resamples": n_resamples}
+    return tuple(scipy.stats.bootstrap((samples,), np.mean, **options, **rng).confidence_interval)
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
@@ -104,15 +105,6 @@ def covers(studies: np.ndarray, truth: float, nominal: float) -> np.ndarray:
         for index, values in enumerate(studies)
     ]
     return np.array([one.low <= truth <= one.high for one in estimates])
-
-
-def scipys_interval(samples: np.ndarray, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Expanded, of every row."""
-    tail, rng = expanded_tail(samples.shape[1]), {seed_argument(): np.random.default_rng(0)}
-    found = scipy.stats.bootstrap(
-        (samples,), np.mean, axis=1, method=method, n_resamples=999, confidence_level=1 - 2 * tail, **rng
-    )
-    return found.confidence_interval.low, found.confidence_interval.high
 
 
 def share(interval: tuple[np.ndarray, np.ndarray], truth: float) -> float:
@@ -176,20 +168,8 @@ def test_interval_is_scipys(n):
     """On the same resamples. Of whole numbers: scipy takes sums that differ by rounding alone for different ones."""
     means = np.random.default_rng(n).gamma(2, 100, size=n).round()
     estimate = bootstrap_over_prompts(means, range(n), name="x", confidence=0.9)
-    low, high = zip(
-        *(
-            scipy.stats.bootstrap(
-                (means,),
-                np.mean,
-                confidence_level=1 - 2 * expanded_tail(n, 0.9),
-                n_resamples=statistics.N_RESAMPLES,
-                method=method,
-                **{seed_argument(): np.random.default_rng(seed_of("bootstrap", "x"))},
-            ).confidence_interval
-            for method in ("percentile", "BCa")
-        ),
-        strict=True,
-    )
+    drawn = {"confidence": 0.9, "n_resamples": statistics.N_RESAMPLES, "seed": seed_of("bootstrap", "x")}
+    low, high = zip(*(scipys_interval(means, method, **drawn) for method in ("percentile", "BCa")), strict=True)
     assert (estimate.low, estimate.high) == pytest.approx((min(low), max(high)), rel=1e-9)
     assert (min(low), max(high)) != (low[0], high[0])  # BCa reaches further somewhere
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def judge_population(subject: Subject) -> list[Answer]:
     )
     errors = np.abs(effects[:N_POOL] - plain)
     answers = [Answer("effects", int((errors < PLAIN_TOLERANCE).sum()), N_POOL, f"largest error {errors.max():.2g}")]
-    skewed = ", skewed" if abs(_skewness(plain)) > SKEWED else ""
+    skewed = ", skewed" if abs(scipy.stats.skew(plain)) > SKEWED else ""
     for n in SAMPLE_SIZES:
         covered, widths = 0, []
         for sample in range(SAMPLES):
@@ -107,16 +108,8 @@ def judge_population(subject: Subject) -> list[Answer]:
     return [*answers, *(answer(f"power: {test}", value <= 0.05, f"p = {value:.3g}") for test, value in p.items())]
 
 
-def _skewness(population: Float[np.ndarray, " prompt"]) -> float:
-    from scipy.stats import skew
-
-    return float(skew(population))
-
-
 def _students_width(values: Float[np.ndarray, " prompt"]) -> float:
-    from scipy.stats import t
-
-    return 2 * t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return 2 * scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
 def _ordinary(subject: Subject, ids: Tensor, rng: np.random.Generator, n: int) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 from tqdm.auto import tqdm
 
 from sink_circuits import arguments, planted, statistics
@@ -59,7 +60,7 @@ class Calibration:
                 part = own if variant == "all" else own[own["variant"] == variant]
                 lines.append(_line(row, variant, part))
         table = pd.DataFrame(lines, columns=[*_COLUMNS, "rule"])
-        table["p"] = table.groupby("variant")["p"].transform(lambda p: statistics.holm(p))
+        table["p"] = table.groupby("variant")["p"].transform(statistics.holm)
         table["verdict"] = [_verdict(*line) for line in table[["rule", "right", "n", "p"]].itertuples(index=False)]
         return table[list(_COLUMNS)]
 
@@ -126,9 +127,7 @@ def _design_effect(part: pd.DataFrame) -> float:
 
 def _wilson(right: float, n: float) -> tuple[float, float]:
     """Wilson's interval of a rate, also for the fractions of a count that a design effect leaves."""
-    from scipy.stats import norm
-
-    z, rate = norm.ppf((1 + LEVEL) / 2), right / n
+    z, rate = scipy.stats.norm.ppf((1 + LEVEL) / 2), right / n
     centre, half = rate + z**2 / (2 * n), z * (rate * (1 - rate) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
 
@@ -136,11 +135,9 @@ def _wilson(right: float, n: float) -> tuple[float, float]:
 def _wrong_side(row: Row, right: float, n: float) -> float:
     """P(at most `right`) or, of a rate that is to be small, P(at least `right`), of a binomial with the nominal rate: by the beta
     distribution, for fractions too."""
-    from scipy.stats import beta
-
     if row.rule == "at least":
-        return float(beta.cdf(1 - row.nominal, n - right, right + 1)) if right < n else 1.0
-    return float(beta.cdf(row.nominal, right, n - right + 1)) if right else 1.0
+        return float(scipy.stats.beta.cdf(1 - row.nominal, n - right, right + 1)) if right < n else 1.0
+    return float(scipy.stats.beta.cdf(row.nominal, right, n - right + 1)) if right else 1.0
 
 
 def calibrate(
